@@ -1,0 +1,156 @@
+// Torch's door to csrc/cpu and kernels/cuda: unpacks tensors into pointers and shapes, and nothing more. Written
+// against torch's stable ABI, so one build serves every torch from 2.11 on, with CUDA or without.
+//
+// Schemas, fakes and autograd live in spos_fast/ops. Python also decides which kernel serves which device, so nothing
+// is registered when the library is loaded: spos_fast/ops/dispatch.py calls spos_fast_register_kernel at the end of
+// this file. A new op adds its function here and a line to the table there.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <tuple>
+
+#include "csrc/cpu/bn_moments.h"
+#include "csrc/dtype.h"
+#ifdef SPOS_FAST_WITH_CUDA
+#include "kernels/cuda/bn_moments.h"
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A shim of torch's CUDA library. Weak, so that the same file loads where torch has no CUDA; the address is then null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+using spos::DType;
+using spos::MomentsShape;
+
+DType dtype_of(const Tensor& x, const char* argument) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            return DType::float32;
+        case ScalarType::Double:
+            return DType::float64;
+        case ScalarType::Half:
+            return DType::float16;
+        case ScalarType::BFloat16:
+            return DType::bfloat16;
+        default:
+            STD_TORCH_CHECK(false, argument, " must be float32, float64, float16 or bfloat16, got scalar type number ",
+                            static_cast<int>(x.scalar_type()));
+    }
+    return DType::float32;
+}
+
+void parallel_for(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(0, tasks, 1, body);
+}
+
+// What x [N, C, H, W] looks like in memory, if the kernels can read it where it lies: packed, or a slice of the
+// channels of something packed. The stride of a dimension of size 1 says nothing and is not looked at.
+bool read_layout(const Tensor& x, MomentsShape& shape) {
+    const auto size = x.sizes(), stride = x.strides();
+    const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
+    auto is = [&](int dim, int64_t expected) { return size[dim] == 1 || stride[dim] == expected; };
+
+    const int64_t pixel = w > 1 ? stride[3] : h > 1 ? stride[2] : n > 1 ? stride[0] : c;
+    if (c > 1 && stride[1] == 1 && pixel >= c && is(2, w * pixel) && is(0, h * w * pixel)) {
+        shape.channels_last = true;
+        shape.pitch = pixel;
+        return true;
+    }
+    const int64_t sample = n > 1 ? stride[0] : c * h * w;
+    if (is(3, 1) && is(2, w) && is(1, h * w) && sample >= c * h * w) {
+        shape.channels_last = false;
+        shape.pitch = sample;
+        return true;
+    }
+    return false;
+}
+
+// Checks the arguments of bn_moments; returns the tensor to read (x, or one packed copy) and fills in its shape.
+Tensor checked_input(const Tensor& x, int64_t groups, MomentsShape& shape) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", x.dim(), " dimensions");
+    STD_TORCH_CHECK(x.numel() > 0, "x must hold at least one value in each channel, got none");
+    STD_TORCH_CHECK(groups >= 1 && x.size(0) % groups == 0, "groups must divide the batch of ", x.size(0),
+                    " samples, got ", groups);
+    shape.groups = groups;
+    shape.samples = x.size(0) / groups;
+    shape.channels = x.size(1);
+    shape.pixels = x.size(2) * x.size(3);
+    if (read_layout(x, shape)) return x;
+    Tensor packed = torch::stable::contiguous(x);
+    read_layout(packed, shape);
+    return packed;
+}
+
+std::tuple<Tensor, Tensor> moments_outputs(const Tensor& x, int64_t groups, DType dtype) {
+    const auto type = dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+    return {torch::stable::new_empty(x, {groups, x.size(1)}, type),
+            torch::stable::new_empty(x, {groups, x.size(1)}, type)};
+}
+
+std::tuple<Tensor, Tensor> bn_moments_cpu(const Tensor& x, int64_t groups) {
+    MomentsShape shape;
+    const DType dtype = dtype_of(x, "x");
+    const Tensor input = checked_input(x, groups, shape);
+    auto [mean, m2] = moments_outputs(input, groups, dtype);
+    spos::cpu::bn_moments(dtype, input.const_data_ptr(), shape, mean.mutable_data_ptr(), m2.mutable_data_ptr(),
+                          parallel_for);
+    return {mean, m2};
+}
+
+#ifdef SPOS_FAST_WITH_CUDA
+void* current_stream(const Tensor& x) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    return stream;
+}
+
+std::tuple<Tensor, Tensor> bn_moments_cuda(const Tensor& x, int64_t groups) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    MomentsShape shape;
+    const DType dtype = dtype_of(x, "x");
+    const Tensor input = checked_input(x, groups, shape);
+    auto [mean, m2] = moments_outputs(input, groups, dtype);
+    const Tensor workspace =
+        torch::stable::new_empty(input, {spos::cuda::bn_moments_workspace_bytes(dtype, shape)}, ScalarType::Byte);
+    const char* error = spos::cuda::bn_moments(dtype, input.const_data_ptr(), shape, workspace.mutable_data_ptr(),
+                                               mean.mutable_data_ptr(), m2.mutable_data_ptr(), current_stream(input));
+    STD_TORCH_CHECK(error == nullptr, "bn_moments on CUDA: ", error);
+    return {mean, m2};
+}
+#endif
+
+struct Kernel {
+    const char* op;
+    const char* dispatch_key;
+    void (*boxed)(StableIValue*, uint64_t, uint64_t);
+};
+
+const Kernel kKernels[] = {
+    {"bn_moments", "CPU", TORCH_BOX(&bn_moments_cpu)},
+#ifdef SPOS_FAST_WITH_CUDA
+    {"bn_moments", "CUDA", TORCH_BOX(&bn_moments_cuda)},
+#endif
+};
+
+}  // namespace
+
+// Makes this library's kernel for spos_fast::<op> serve `dispatch_key`. 0: done; 1: there is no such kernel in this
+// build; 2: torch refused it. A registration lasts as long as the process, hence the handle that is never freed.
+extern "C" __attribute__((visibility("default"))) int spos_fast_register_kernel(const char* op,
+                                                                                const char* dispatch_key) {
+    for (const Kernel& kernel : kKernels) {
+        if (std::strcmp(kernel.op, op) != 0 || std::strcmp(kernel.dispatch_key, dispatch_key) != 0) continue;
+        TorchLibraryHandle library;
+        if (aoti_torch_library_init_impl("spos_fast", dispatch_key, __FILE__, __LINE__, &library)) return 2;
+        return torch_library_impl(library, op, kernel.boxed, TORCH_ABI_VERSION) ? 2 : 0;
+    }
+    return 1;
+}

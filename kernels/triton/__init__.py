@@ -1,0 +1,1 @@
+"""Triton kernels, installed as spos_fast.kernels. Imported when the first op needs one."""

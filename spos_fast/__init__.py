@@ -1,0 +1,77 @@
+"""Fast single-path one-shot architecture search (SPOS, arXiv 1904.00420) and NAS-Bench-101 for PyTorch.
+
+Names are loaded on first use, so that ``import spos_fast.nasbench`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spos_fast.architecture import Architecture
+    from spos_fast.calibration import recalibrate
+    from spos_fast.errors import CheckpointError, InputError
+    from spos_fast.evaluation import Evaluator, Score, evaluate
+    from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
+    from spos_fast.ops import explain
+    from spos_fast.sampling import Constraint, UniformSampler
+    from spos_fast.spaces import Cost
+    from spos_fast.training import Metrics, TrainConfig, train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Architecture": "architecture",
+    "Candidate": "evolution",
+    "CheckpointError": "errors",
+    "Constraint": "sampling",
+    "Cost": "spaces",
+    "Evaluator": "evaluation",
+    "InputError": "errors",
+    "Metrics": "training",
+    "Score": "evaluation",
+    "SearchResult": "evolution",
+    "TrainConfig": "training",
+    "UniformSampler": "sampling",
+    "evaluate": "evaluation",
+    "evolve": "evolution",
+    "explain": "ops",
+    "random_search": "evolution",
+    "recalibrate": "calibration",
+    "train": "training",
+}
+_MODULES = ("analysis", "data", "nasbench", "nn", "ops", "spaces")
+
+__all__ = [
+    "Architecture",
+    "Candidate",
+    "CheckpointError",
+    "Constraint",
+    "Cost",
+    "Evaluator",
+    "InputError",
+    "Metrics",
+    "Score",
+    "SearchResult",
+    "TrainConfig",
+    "UniformSampler",
+    "evaluate",
+    "evolve",
+    "explain",
+    "random_search",
+    "recalibrate",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"spos_fast.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"spos_fast.{name}")
+    raise AttributeError(f"module 'spos_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])

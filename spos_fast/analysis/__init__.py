@@ -1,0 +1,1 @@
+"""What a run and a benchmark say: summaries, plots and the HTML report."""

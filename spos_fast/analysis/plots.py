@@ -1,0 +1,277 @@
+"""The figures of the report, each a function from data to inline SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from spos_fast.analysis.keys import DASHES, WIDTHS, row_style
+from spos_fast.analysis.run_data import RunData, Scored
+from spos_fast.analysis.summary import (
+    Row,
+    accuracy_floor,
+    best_so_far,
+    choice_shares,
+    choice_tags,
+    pareto_front,
+    ranked,
+)
+from spos_fast.analysis.svg import COLOURS, DARK_ON, choice_colour, inline_svg
+from spos_fast.training import Metrics
+
+# Two of them stand side by side on a wide screen and fill a phone's.
+_WIDTH, _HEIGHT = 520, 330
+_SMALL = 11.5
+# Above this many dots, a picture is smaller than the drawing.
+_MOST_DOTS = 8000
+
+
+def search_curve(data: RunData) -> str:
+    """Best accuracy so far against the number of candidates, with a faint dot for every candidate."""
+    figure, axes = _figure()
+    phases = [("random search", "random", data.random_search), ("evolution", "evolution", data.evolution)]
+    for _, colour, candidates in phases:
+        if not candidates:
+            continue
+        numbers = np.arange(1, len(candidates) + 1)
+        _dots(axes, numbers, [c.accuracy for c in candidates], colour)
+        best = best_so_far(candidates)
+        shape = "line" if colour == "evolution" else "dashed"
+        axes.plot(
+            numbers, best, drawstyle="steps-post", color=COLOURS[colour], linestyle=DASHES[shape], lw=WIDTHS[shape]
+        )
+        axes.plot(numbers[-1:], best[-1:], "o", color=COLOURS[colour], ms=5)
+    longest = max(data.evolution, data.random_search, key=len)
+    for number in range(1, len(longest)):
+        if longest[number].generation != longest[number - 1].generation:
+            axes.axvline(number + 0.5, color=COLOURS["line"], lw=0.8, zorder=0)
+    _accuracy_axis(axes, (*data.evolution, *data.random_search))
+    margin = max(len(longest) * 0.02, 0.6)
+    axes.set_xlim(1 - margin, len(longest) + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("candidates scored")
+    axes.set_ylabel("validation accuracy")
+    ends = [f"{name} reaches {_percent(best_so_far(cs)[-1])} after {len(cs):,}" for name, _, cs in phases[::-1] if cs]
+    return inline_svg(figure, "search", f"Best validation accuracy against candidates scored: {'; '.join(ends)}.")
+
+
+def accuracy_against_macs(data: RunData) -> str:
+    """Every candidate by cost and accuracy, the Pareto front, the best ones, and the allowed range of MACs."""
+    figure, axes = _figure()
+    everything = (*data.evolution, *data.random_search)
+    phases = [("random", data.random_search), ("evolution", data.evolution)]
+    for colour, candidates in phases:
+        _dots(axes, [c.macs for c in candidates], [c.accuracy for c in candidates], colour, opacity=0.45)
+    front = pareto_front(everything)
+    axes.plot(
+        [c.macs for c in front], [c.accuracy for c in front], drawstyle="steps-post", color=COLOURS["ink"], lw=1.2
+    )
+    marks = {"evolution": "*", "random": "D"}
+    for colour, candidates in phases:
+        best = next(iter(ranked(candidates)), None)
+        if best is not None:
+            axes.plot(
+                best.macs, best.accuracy, marks[colour], color=COLOURS[colour], ms=14 if colour == "evolution" else 7,
+                mec=COLOURS["ink"], mew=1, zorder=5,
+            )  # fmt: skip
+    _accuracy_axis(axes, everything)
+    limits = [(name, value) for name in ("macs_min", "macs_max") if (value := getattr(data.config.search, name))]
+    for name, value in limits:
+        axes.axvline(value, color=COLOURS["muted"], lw=1.2, ls=(0, (2, 2)))
+        axes.annotate(
+            f"{name} {short_number(value)}", (value, 1.02), xycoords=("data", "axes fraction"), va="bottom",
+            ha="right" if name == "macs_max" else "left", fontsize=_SMALL - 1, color=COLOURS["muted"],
+        )  # fmt: skip
+    macs = [c.macs for c in everything] + [value for _, value in limits]
+    margin = max((max(macs) - min(macs)) * 0.05, max(macs) * 0.01, 1)
+    axes.set_xlim(min(macs) - margin, max(macs) + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.set_xlabel("MACs of one image")
+    axes.set_ylabel("validation accuracy")
+    best = ranked(everything)[0]
+    return inline_svg(
+        figure, "macs",
+        f"Validation accuracy against MACs of {len(everything):,} candidates; the best has {_percent(best.accuracy)} "
+        f"at {short_number(best.macs)} MACs; {len(front)} candidates are on the Pareto front.",
+    )  # fmt: skip
+
+
+def choice_map(data: RunData, rows: Sequence[Row]) -> str:
+    """Share of every choice at every layer among the best of evolution, and below it the compared architectures."""
+    layers = len(data.choices)
+    names = max(data.choices, key=len)
+    tags = choice_tags(names)
+    top = ranked(data.evolution)[: data.config.search.top_k]
+    shares = choice_shares(top, data.choices)
+    shown = [row for row in rows if row.genes is not None]
+    left, cell, height = 150, min(104, max(34, 890 // layers)), 25
+    gap = 1.3 if top else 0.0
+    heat_rows = len(names) if top else 0
+    total = heat_rows + gap + len(shown)
+    width, tall = left + cell * layers + 12, height * total + 40
+    figure = Figure(figsize=(width / 72, tall / 72), dpi=72)
+    axes = figure.add_axes((left / width, 6 / tall, cell * layers / width, height * total / tall))
+    axes.set(xlim=(0, layers), ylim=(total, 0), xticks=np.arange(layers) + 0.5, yticks=[])
+    axes.set_xticklabels([str(layer + 1) for layer in range(layers)], fontsize=_SMALL, color=COLOURS["muted"])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if top:
+        for choice, name in enumerate(names):
+            _row_label(axes, choice, name)
+            for layer in range(layers):
+                share = shares[choice, layer]
+                full = share >= (0.45 if choice_colour(choice) in DARK_ON else 0.75)
+                colour = f"on-{choice_colour(choice)}" if full else "ink"
+                _cell(axes, layer, choice, choice_colour(choice), share, f"{share:.0%}" if share else "", colour)
+        _row_label(axes, heat_rows + gap / 2 - 0.5, "chosen architecture:", muted=True)
+    for index, row in enumerate(shown):
+        y = heat_rows + gap + index
+        _row_label(axes, y, row.title)
+        for layer, choice in enumerate(row.genes or ()):
+            _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
+    repeats = getattr(data.config.space, "stage_repeats", ())
+    if sum(repeats) == layers:
+        for edge in np.cumsum(repeats)[:-1]:
+            axes.axvline(edge, color=COLOURS["ink"], lw=1.2)
+    often = ", ".join(names[int(np.argmax(shares[:, layer]))] for layer in range(layers)) if top else "none"
+    return inline_svg(
+        figure, "choices",
+        f"Choice of every layer. Most frequent among the {len(top)} best of evolution, from the first layer to the "
+        f"last: {often}.",
+    )  # fmt: skip
+
+
+def training_curves(rows: Sequence[Metrics], name: str) -> tuple[str, str]:
+    """Loss and accuracy of the supernet against the step."""
+    steps = [row.step for row in rows]
+    out = []
+    for quantity, values in (("loss", [row.loss for row in rows]), ("accuracy", [row.accuracy for row in rows])):
+        figure, axes = _figure(height=260)
+        axes.plot(steps, values, color=COLOURS["evolution"], lw=1.8, marker="o" if len(rows) == 1 else "")
+        _step_axis(axes, quantity, rows[-1].steps)
+        description = f"Training {quantity} of the {name}: {values[-1]:.4g} at step {steps[-1]:,}."
+        out.append(inline_svg(figure, f"{name}-{quantity}", description))
+    return out[0], out[1]
+
+
+def retraining_curves(rows: Sequence[Row], data: RunData) -> tuple[str, str]:
+    """Loss and accuracy of every retrained architecture against the step.
+
+    The axes span the values after the first fifth of the rows: networks differ at the end, not in the steep beginning.
+    """
+    trained = [(row, row.retrained.metrics) for row in rows if row.retrained and row.retrained.metrics]
+    out = []
+    for quantity in ("loss", "accuracy"):
+        figure, axes = _figure(height=330)
+        settled: list[float] = []
+        for row, metrics in trained:
+            _, colour, shape = row_style(row, data)
+            values = [getattr(point, quantity) for point in metrics]
+            axes.plot(
+                [point.step for point in metrics], values, color=COLOURS[colour], linestyle=DASHES[shape],
+                lw=WIDTHS[shape], marker="o" if len(metrics) == 1 else "", zorder=4 if shape == "line" else 2,
+            )  # fmt: skip
+            settled += values[len(values) // 5 :]
+        settled = [value for value in settled if math.isfinite(value)]
+        if settled and max(settled) > min(settled):
+            margin = 0.05 * (max(settled) - min(settled))
+            axes.set_ylim(min(settled) - margin, max(settled) + margin)
+        _step_axis(axes, quantity, data.config.retrain.steps)
+        names = ", ".join(f"{row.title} {getattr(metrics[-1], quantity):.4g}" for row, metrics in trained)
+        out.append(inline_svg(figure, f"retrain-{quantity}", f"Training {quantity} at the last step: {names}."))
+    return out[0], out[1]
+
+
+def short_number(value: float) -> str:
+    """A count with three digits and a unit: ``328 M``."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale * 0.9995:
+            scaled = value / scale
+            digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+            return f"{scaled:.{digits}f}\N{NO-BREAK SPACE}{unit}"
+    return f"{value:,.0f}"
+
+
+def _figure(height: int = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(COLOURS["muted"])
+    axes.tick_params(colors=COLOURS["muted"], labelcolor=COLOURS["ink"], labelsize=_SMALL, length=3)
+    axes.grid(axis="y", color=COLOURS["line"], lw=0.8)
+    axes.set_axisbelow(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=_SMALL + 0.5, color=COLOURS["ink"])
+    axes.yaxis.labelpad = 9
+    return figure, axes
+
+
+def _dots(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float], colour: str, opacity: float = 0.35) -> None:
+    """A dot for every point: one path of round caps without length, a fifth of the size of as many markers."""
+    points = np.column_stack((np.asarray(x, dtype=float), np.asarray(y, dtype=float)))
+    points = points[np.isfinite(points).all(axis=1)]
+    if len(points) > _MOST_DOTS:
+        axes.scatter(points[:, 0], points[:, 1], s=14, color=COLOURS[colour], alpha=opacity, lw=0, rasterized=True)
+        return
+    if not len(points):
+        return
+    outline = Outline(np.repeat(points, 2, axis=0), [Outline.MOVETO, Outline.LINETO] * len(points))
+    outline.should_simplify = False
+    size = 4.5 if len(points) <= 500 else 3.6
+    axes.add_patch(
+        PathPatch(outline, fill=False, ec=COLOURS[colour], lw=size, alpha=opacity, capstyle="round", zorder=1.5)
+    )
+
+
+def _accuracy_axis(axes: Axes, candidates: Sequence[Scored]) -> None:
+    values = [c.accuracy for c in candidates if math.isfinite(c.accuracy)] or [0.0]
+    low, high = accuracy_floor(values), max(values)
+    margin = max((high - low) * 0.06, 0.004)
+    axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(_percent_ticks())
+
+
+def _percent_ticks() -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+
+
+def _step_axis(axes: Axes, quantity: str, steps: int) -> None:
+    axes.set_xlim(0, steps * 1.01)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"training {quantity}")
+    if quantity == "accuracy":
+        axes.yaxis.set_major_formatter(_percent_ticks())
+
+
+def _row_label(axes: Axes, y: float, text: str, muted: bool = False) -> None:
+    text = text if len(text) <= 22 else text[:21] + "…"
+    axes.text(
+        -0.15, y + 0.5, text, ha="right", va="center", fontsize=_SMALL, color=COLOURS["muted" if muted else "ink"],
+        parse_math=False,
+    )  # fmt: skip
+
+
+def _cell(axes: Axes, layer: int, y: float, colour: str, opacity: float, text: str, text_colour: str) -> None:
+    box = (layer + 0.03, y + 0.06)
+    axes.add_patch(Rectangle(box, 0.94, 0.88, fc=COLOURS[colour], lw=0, alpha=max(opacity, 0.04)))
+    if text:
+        axes.text(
+            layer + 0.5, y + 0.53, text, ha="center", va="center", fontsize=_SMALL - 1, color=COLOURS[text_colour]
+        )
+
+
+def _percent(value: float) -> str:
+    return "no number" if math.isnan(value) else f"{value:.1%}"

@@ -1,0 +1,265 @@
+"""The HTML report of a run: one file without scripts and without anything to load, for a browser, a phone or print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import spos_fast
+from spos_fast.analysis.commands import again_commands, stage_command
+from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, choice_key, figure_key, row_style
+from spos_fast.analysis.plots import (
+    accuracy_against_macs,
+    choice_map,
+    retraining_curves,
+    search_curve,
+    short_number,
+    training_curves,
+)
+from spos_fast.analysis.run_data import RunData, read_run
+from spos_fast.analysis.summary import Row, accuracy_floor, comparison, wilson_interval
+from spos_fast.analysis.tables import comparison_table, interval_text, percent, settings_tables
+from spos_fast.checkpoint import write_whole
+
+STYLE = Path(__file__).with_name("report.css")
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.html`` into a run folder from whatever it holds so far; no other file is touched.
+
+    The same content of the folder gives the same bytes. Another process may be working in the folder.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        InputError: the folder is no run folder.
+        CheckpointError: the report could not be written; the one that was there is untouched.
+    """
+    data = read_run(Path(run))
+    path = data.path / "report.html"
+    write_whole(path, page(data).encode())
+    return path
+
+
+def page(data: RunData) -> str:
+    """The report as an HTML document."""
+    rows = comparison(data)
+    name = data.path.resolve().name
+    sections = [
+        _head(data, rows),
+        _comparison(data, rows),
+        _search(data, rows),
+        _supernet(data),
+        _retraining(data, rows),
+        _settings(data),
+    ]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(name)}: architecture search on {escape(data.config.data.name)}</title>
+<link rel="icon" href="data:,">
+<style>
+{STYLE.read_text()}</style>
+</head>
+<body>
+<main>
+{chr(10).join(section for section in sections if section)}
+</main>
+</body>
+</html>
+"""
+
+
+def _head(data: RunData, rows: Sequence[Row]) -> str:
+    problems = "".join(f'<p class="missing">{escape(problem)}</p>' for problem in data.problems)
+    return f"""<h1>Single-path one-shot search on {escape(data.config.data.name)}</h1>
+<p class="path">Run folder <code>{escape(str(data.path))}</code></p>
+<p class="lead">{_headline(data, rows)}</p>
+{problems}{_tiles(data, rows)}"""
+
+
+def _headline(data: RunData, rows: Sequence[Row]) -> str:
+    """The result in two or three sentences, with no claim that the intervals do not carry."""
+    found = {row.label: row for row in rows}
+    evolution, other = found.get("evolution"), found.get("random_search")
+    if evolution is None or evolution.scored is None:
+        if not data.supernet:
+            return "The supernet has no finished steps on record yet; every later result builds on it."
+        last = data.supernet[-1]
+        return (
+            f"The supernet is trained for {last.step:,} of {last.steps:,} steps; its sampled paths reach "
+            f"{percent(last.accuracy, 1)} training accuracy. No architecture has been searched for yet."
+        )
+    best = evolution.scored
+    so_far = "" if data.search_finished else " so far"
+    text = (
+        f"Evolution scored {len(data.evolution):,} architectures{so_far}. Its best reaches "
+        f"<b>{percent(best.accuracy, best.images)}</b> validation accuracy with the supernet's weights at "
+        f"<b>{short_number(best.macs)}</b> MACs"
+    )
+    if evolution.result is None:
+        return text + "; it has not been retrained yet."
+    how = "from scratch" if data.config.retrain.init == "scratch" else "from the supernet's weights"
+    result = evolution.result
+    text += (
+        f". Retrained {how} it gets <b>{percent(result.accuracy, result.images)}</b> of the test images right "
+        f"(95% interval {interval_text(result)})"
+    )
+    if other is None or other.result is None:
+        return text + "."
+    margin = 100 * (result.accuracy - other.result.accuracy)
+    side = "level with" if margin == 0 else f"{abs(margin):.1f} points {'above' if margin > 0 else 'below'}"
+    ours = wilson_interval(result.accuracy, result.images)
+    theirs = wilson_interval(other.result.accuracy, other.result.images)
+    overlap = ours[0] <= theirs[1] and theirs[0] <= ours[1]
+    verdict = "; the intervals overlap, so this run alone does not tell them apart" if overlap and margin else ""
+    return f"{text}, {side} the best of random search{verdict}."
+
+
+def _tiles(data: RunData, rows: Sequence[Row]) -> str:
+    evolution = next((row for row in rows if row.label == "evolution"), None)
+    tiles: list[tuple[str, str, str]] = []
+    if evolution and evolution.scored:
+        best = evolution.scored
+        below = f"best of evolution, {best.images:,} images"
+        tiles.append(("Validation accuracy", percent(best.accuracy, best.images), below))
+    if evolution and evolution.result:
+        result = evolution.result
+        below = f"retrained; interval {interval_text(result)}"
+        tiles.append(("Test accuracy", percent(result.accuracy, result.images), below))
+    if evolution and evolution.macs is not None and evolution.params is not None:
+        everything = [c.macs for c in (*data.evolution, *data.random_search)] or [evolution.macs]
+        scale = f"scored ones: {short_number(min(everything))} to {short_number(max(everything))}"
+        tiles.append(("MACs", short_number(evolution.macs), scale))
+        tiles.append(("Params", short_number(evolution.params), "convolutions and classifier"))
+    if data.evolution or data.random_search:
+        parts = f"{len(data.evolution):,} evolution, {len(data.random_search):,} random search"
+        tiles.append(("Candidates scored", f"{len(data.evolution) + len(data.random_search):,}", parts))
+    if data.supernet:
+        last = data.supernet[-1]
+        speed = float(np.median([row.images_per_second for row in data.supernet]))
+        speed_text = f", {speed:,.0f} images/s" if math.isfinite(speed) else ""
+        tiles.append(("Supernet steps", f"{last.step:,}", f"of {last.steps:,}{speed_text}"))
+    cells = "".join(
+        f'<div><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
+        f'<dd class="below">{escape(below)}</dd></div>'
+        for name, value, below in tiles
+    )
+    return f'<dl class="tiles">{cells}</dl>' if tiles else ""
+
+
+def _comparison(data: RunData, rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    images = sorted({row.scored.images for row in rows if row.scored})
+    on_images = f" on {', '.join(f'{count:,}' for count in images)} images" if images else ""
+    return f"""<h2>Comparison</h2>
+{comparison_table(rows, data)}
+<p class="note">Validation accuracy is measured with weights inherited from the supernet{on_images}; the best of a
+search is a maximum over many candidates and so flatters its architecture. A dash means that the search did not meet the
+architecture. The interval is Wilson's 95% score interval for the test images; it does not cover another seed of
+training. MACs and params count convolutions and the classifier.</p>"""
+
+
+def _search(data: RunData, rows: Sequence[Row]) -> str:
+    parts = ["<h2>Search</h2>"]
+    scored = (*data.evolution, *data.random_search)
+    if not scored:
+        return parts[0] + _missing("The search has not run yet", data, "search")
+    if not data.search_finished:
+        done = f"{len(data.evolution):,} candidates of evolution and {len(data.random_search):,} of random search"
+        wanted = f"{data.budget:,} each" if data.config.search.random_search else f"{data.budget:,}"
+        what = f"The search has not finished: {done} are scored, of at most {wanted}; to go on"
+        parts.append(_missing(what, data, "search"))
+    floor = accuracy_floor(c.accuracy for c in scored)
+    below = sum(c.accuracy < floor for c in scored)
+    hidden = f" {below:,} of {len(scored):,} candidates lie below the axis." if below else ""
+    nans = sum(math.isnan(c.accuracy) for c in scored)
+    hidden += f" {nans:,} candidates have no accuracy." if nans else ""
+    parts.append(
+        '<div class="pair">'
+        + _figure(
+            "Best so far",
+            search_curve(data),
+            "Lines: best validation accuracy so far. Dots: single candidates. Vertical lines: generations." + hidden,
+            figure_key(SEARCH_KEY),
+        )
+        + _figure(
+            "Accuracy against cost",
+            accuracy_against_macs(data),
+            "Dots: candidates. The Pareto front joins those that none beats in both accuracy and MACs." + hidden,
+            figure_key(COST_KEY),
+        )
+        + "</div>"
+    )
+    top = min(data.config.search.top_k, len(data.evolution))
+    above = f"Above: share of every choice among the {top} best architectures of evolution, layer by layer. "
+    caption = (above if top else "") + "Below: the compared architectures. Thick lines part the stages."
+    drawn = _figure("", choice_map(data, rows), caption, choice_key(data), wide=True)
+    parts.append(f"<h2>Which choice where</h2>{drawn}")
+    return "\n".join(parts)
+
+
+def _supernet(data: RunData) -> str:
+    parts = ["<h2>Supernet training</h2>"]
+    if data.supernet:
+        last = data.supernet[-1]
+        if last.step < last.steps:
+            parts.append(_missing(f"Training is at step {last.step:,} of {last.steps:,}; to go on", data, "train"))
+        loss, accuracy = training_curves(data.supernet, "supernet")
+        parts.append(f'<div class="pair">{_figure("Loss", loss)}{_figure("Accuracy", accuracy)}</div>')
+        note = "Means since the row before, on augmented training images, over uniformly sampled paths."
+        parts.append(f'<p class="note">{note}</p>')
+    elif data.config.search.supernet:
+        published = escape(data.config.search.supernet)
+        parts.append(f"<p>The search uses the published supernet <code>{published}</code>.</p>")
+    else:
+        parts.append(_missing("Training has not reported its first steps yet", data, "train"))
+    return "\n".join(parts)
+
+
+def _retraining(data: RunData, rows: Sequence[Row]) -> str:
+    parts = ["<h2>Retraining</h2>"]
+    if not data.retrained:
+        parts.append(_missing("Nothing has been retrained yet", data, "retrain"))
+    elif any(entry.result is None for entry in data.retrained):
+        parts.append(_missing("Retraining has not finished; to go on", data, "retrain"))
+    if any(entry.metrics for entry in data.retrained):
+        loss, accuracy = retraining_curves(rows, data)
+        key = dict.fromkeys(row_style(row, data) for row in rows if row.retrained and row.retrained.metrics)
+        steep = any(len(entry.metrics) >= 5 for entry in data.retrained)
+        outside = " The steep beginning lies outside the axes." if steep else ""
+        parts.append(f'<div class="pair">{_figure("Loss", loss)}{_figure("Accuracy", accuracy)}</div>{figure_key(key)}')
+        note = "On augmented images of the whole training part; the test images are seen once, at the end."
+        parts.append(f'<p class="note">{note}{outside}</p>')
+    return "\n".join(parts)
+
+
+def _settings(data: RunData) -> str:
+    commands = escape("\n".join(again_commands(data)))
+    return f"""<h2>Settings</h2>
+<details><summary>Every setting that the run stores (bold: differs from the default)</summary>
+{settings_tables(data)}</details>
+<details><summary>Commands for the same run in another folder</summary><pre>{commands}</pre></details>
+<footer class="note">Seed {data.config.seed}. Written by spos_fast {escape(spos_fast.__version__)} with PyTorch
+{escape(torch.__version__)}. Method: Guo et al., Single Path One-Shot Neural Architecture Search with Uniform Sampling,
+<a href="https://arxiv.org/abs/1904.00420">arXiv 1904.00420</a>.</footer>"""
+
+
+def _figure(title: str, drawing: str, caption: str = "", below: str = "", wide: bool = False) -> str:
+    head = f"<h3>{escape(title)}</h3>" if title else ""
+    drawn = f'<div class="wide">{drawing}</div>' if wide else drawing
+    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="card">{head}{drawn}{below}{text}</figure>'
+
+
+def _missing(what: str, data: RunData, stage: str) -> str:
+    return f'<p class="missing">{escape(what)}: <code>{escape(stage_command(data, stage))}</code></p>'

@@ -1,0 +1,147 @@
+"""The tables of the report as HTML: the comparison with its architectures, and the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from spos_fast.analysis.keys import choice_cell, choice_key
+from spos_fast.analysis.plots import short_number
+from spos_fast.analysis.run_data import RunData, Scored, Tested
+from spos_fast.analysis.summary import Row, choice_tags, wilson_interval
+from spos_fast.config import SECTIONS, documented_fields, plain
+
+
+def percent(value: float, images: int) -> str:
+    """A share to one decimal, or two where there are enough images for the second to mean something."""
+    return "no number" if math.isnan(value) else f"{100 * value:.{2 if images >= 5000 else 1}f}%"
+
+
+def interval_text(result: Tested) -> str:
+    """The 95% interval in words, without a sign for percent."""
+    low, high = wilson_interval(result.accuracy, result.images)
+    if math.isnan(low):
+        return "no interval"
+    digits = 2 if result.images >= 5000 else 1
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"
+
+
+def comparison_table(rows: Sequence[Row], data: RunData) -> str:
+    """One line an architecture; every number is a ``<data>`` element with the exact value of the run folder."""
+    results = [row.result for row in rows if row.result]
+    bounds = [end for result in results for end in wilson_interval(result.accuracy, result.images)]
+    bounds = [end for end in bounds if not math.isnan(end)]
+    low, high = (min(bounds), max(bounds)) if bounds else (0.0, 1.0)
+    lines = []
+    for row in rows:
+        best = ' class="best"' if row.label == "evolution" else ""
+        note = f"<small>{escape(row.note)}</small>" if row.note else ""
+        cells = [
+            f'<th scope="row">{escape(row.title)}{note}</th>',
+            f'<td class="number">{_scored(row.scored)}</td>',
+            *_tested(row, low, high),
+            f'<td class="number">{_count(row.macs)}</td>',
+            f'<td class="number">{_count(row.params)}</td>',
+            f"<td>{strip(row.genes, data) if row.genes else '–'}</td>",
+        ]
+        lines.append(f'<tr{best} data-label="{escape(row.label)}">{"".join(cells)}</tr>')
+    return f"""<div class="card"><div class="wide"><table>
+<thead><tr><th scope="col">Architecture</th>
+<th scope="col" class="number">Validation accuracy,<br>supernet's weights</th>
+<th scope="col" class="number">Test accuracy,<br>retrained</th><th scope="col">95% interval</th>
+<th scope="col" class="number">MACs</th><th scope="col" class="number">Params</th>
+<th scope="col">Choice of every layer, first to last</th></tr></thead>
+<tbody>
+{chr(10).join(lines)}
+</tbody></table></div>{choice_key(data)}</div>"""
+
+
+def strip(genes: Sequence[int], data: RunData) -> str:
+    """An architecture as a strip of cells, one a layer."""
+    edges, edge = set(), 0
+    repeats = getattr(data.config.space, "stage_repeats", ())
+    for count in repeats if sum(repeats) == len(genes) else ():
+        edge += count
+        edges.add(edge)
+    cells = []
+    for layer, (gene, names) in enumerate(zip(genes, data.choices, strict=True)):
+        stage = ' class="stage"' if layer in edges else ""
+        title = escape(f"layer {layer + 1}: {names[gene]}")
+        cells.append(choice_cell(gene, choice_tags(names)[gene], f'{stage} title="{title}"'))
+    described = escape(", ".join(names[gene] for gene, names in zip(genes, data.choices, strict=True)))
+    roomy = " roomy" if len(genes) <= 12 else ""
+    return f'<span class="strip{roomy}" role="img" aria-label="{described}">{"".join(cells)}</span>'
+
+
+def settings_tables(data: RunData) -> str:
+    """Every setting that the run folder stores; those that differ from the default are bold."""
+    values = plain(data.config)
+    tables = []
+    for section in data.sections:
+        lines = []
+        for name, _, default, description in documented_fields(SECTIONS[section]):
+            value = values[section][name]
+            changed = ' class="changed"' if value != (list(default) if isinstance(default, tuple) else default) else ""
+            lines.append(
+                f'<tr{changed} title="{escape(description)}"><th scope="row">{escape(name)}</th>'
+                f"<td>{escape(_plain_text(value))}</td></tr>"
+            )
+        tables.append(f'<div class="card"><h3>{escape(section)}</h3><table>{"".join(lines)}</table></div>')
+    return f'<div class="settings">{"".join(tables)}</div>'
+
+
+def _plain_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 and value.is_integer() else f"{value:g}"
+    return str(value) if value != "" else "–"
+
+
+def _scored(scored: Scored | None) -> str:
+    if scored is None:
+        return "–"
+    return f'<data value="{scored.accuracy!r}">{percent(scored.accuracy, scored.images)}</data>'
+
+
+def _tested(row: Row, low: float, high: float) -> tuple[str, str]:
+    result = row.result
+    if result is None:
+        return f'<td class="number">{_state(row)}</td>', "<td></td>"
+    value = f'<data value="{result.accuracy!r}">{percent(result.accuracy, result.images)}</data>'
+    return (
+        f'<td class="number measured">{value}</td>',
+        f"<td>{_interval_glyph(row, low, high)}<small>{interval_text(result)}</small></td>",
+    )
+
+
+def _interval_glyph(row: Row, low: float, high: float) -> str:
+    """The interval drawn on a scale that all rows share."""
+    assert row.result is not None
+    left, right = wilson_interval(row.result.accuracy, row.result.images)
+    if math.isnan(left):
+        return ""
+    scale = 128 / max(high - low, 1e-9)
+    x1, x2, dot = (2 + (value - low) * scale for value in (left, right, row.result.accuracy))
+    colour = "evolution" if row.label == "evolution" else "random"
+    return (
+        f'<svg class="interval" viewBox="0 0 132 14" aria-hidden="true" fill="var(--{colour})" '
+        f'stroke="var(--{colour})">'
+        f'<path d="M0 7H132" stroke="var(--line)"/><path d="M{x1:.1f} 7H{x2:.1f}" stroke-width="3" opacity=".55"/>'
+        f'<circle cx="{dot:.1f}" cy="7" r="4.5" stroke="none"/></svg>'
+    )
+
+
+def _state(row: Row) -> str:
+    if row.retrained is None:
+        return "–"
+    if not row.retrained.metrics:
+        return "<small>training began</small>"
+    last = row.retrained.metrics[-1]
+    return f"<small>training: step {last.step:,} of {last.steps:,}</small>"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f'<data value="{value}" title="{value:,}">{short_number(value)}</data>'

@@ -1,0 +1,266 @@
+"""The command line: ``spos-fast`` or ``python -m spos_fast``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from spos_fast.errors import CheckpointError, InputError
+
+DESCRIPTION = """\
+Single Path One-Shot architecture search (arXiv 1904.00420).
+
+A search is three stages on one run folder; each can be stopped at any moment and goes on when started again:
+  spos-fast train   --folder runs/mine --config cifar10 --data.path ~/cifar-10-batches-py
+  spos-fast search  --folder runs/mine
+  spos-fast retrain --folder runs/mine
+  spos-fast report  --folder runs/mine
+`spos-fast demo` does all four on scikit-learn's digits in a few minutes."""
+
+COMMANDS = {
+    "demo": "all stages on the embedded digits (or on what --config says)",
+    "train": "train the supernet by uniform path sampling",
+    "search": "evolutionary search with the supernet's weights, and random search under the same budget",
+    "retrain": "train the architectures that were found, and the baselines, as networks of their own",
+    "report": "write report.html from what the run folder holds",
+}
+# Settings that a command shows; the ones of earlier stages come from the run folder.
+SECTIONS_OF = {
+    "demo": ("data", "space", "train", "search", "retrain"),
+    "train": ("data", "space", "train"),
+    "search": ("data", "space", "train", "search"),
+    "retrain": ("data", "space", "train", "search", "retrain"),
+    "report": (),
+}
+STAGES_OF = {
+    "demo": ("train", "search", "retrain"),
+    "train": ("train",),
+    "search": ("search",),
+    "retrain": ("retrain",),
+    "report": (),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    try:
+        options = _parser().parse_args(arguments)
+        _run(options)
+    except (InputError, CheckpointError) as error:
+        print(f"spos-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nspos-fast: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Imported late: --help and a mistyped flag answer at once.
+    import torch
+
+    from spos_fast import distributed, pipeline
+    from spos_fast.analysis.report import write_report
+    from spos_fast.config import merged, read_config
+    from spos_fast.run import Run, resolve
+
+    if options.command == "report":
+        print(f"report: {write_report(_existing(options.folder))}")
+        return
+    preset = read_config(options.config) if options.config else {}
+    given = merged(preset, _flags(options))
+    device = _device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = resolve(options.folder, given)
+    # Everything that can be refused is refused before a folder is made.
+    source = config.data.load()
+    space = pipeline.make_space(config, source)
+    for stage in STAGES_OF[options.command]:
+        _check_constraint(stage, config, space)
+    if options.command in ("search", "retrain"):
+        pipeline.require_stage_before(options.command, options.folder, config)
+    if options.command == "search" and config.search.supernet:
+        space.supernet().load_published(config.search.supernet)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.process_group(device))
+        if distributed.world_size() > 1 and options.command not in ("train", "retrain"):
+            raise InputError(f"{options.command}: runs in one process; start it without torchrun")
+        if distributed.rank() == 0:
+            config = stack.enter_context(Run(options.folder, given, STAGES_OF[options.command])).config
+        listener = stack.enter_context(_console())
+        job = pipeline.Job(
+            options.folder, config, source, space, device, options.workers, not options.no_tensorboard, listener
+        )
+        if options.command in ("demo", "train"):
+            pipeline.train_supernet(job)
+        if options.command in ("demo", "search"):
+            pipeline.search(job)
+        if options.command in ("demo", "retrain"):
+            pipeline.retrain(job, _chosen(options, job))
+        if distributed.rank() == 0:
+            listener.say(f"report: {write_report(options.folder)}")
+
+
+def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
+    """Architectures to retrain, by label."""
+    from spos_fast import pipeline
+    from spos_fast.architecture import Architecture
+
+    names = getattr(options, "arch", None) or ["all"]
+    chosen: dict[str, Architecture] = {}
+    for name in names:
+        if name == "all":
+            chosen.update(pipeline.baselines(job))
+        elif name == "best":
+            chosen.update(pipeline.searched(job))
+        elif name.endswith(".json"):
+            try:
+                text = Path(name).read_text()
+            except OSError as error:
+                raise InputError(f"--arch: {name} could not be read ({error.strerror})") from None
+            arch = job.space.architecture(Architecture.from_json(text))
+            chosen[f"genes_{arch}"] = arch
+        elif name.replace(",", "").replace("-", "").isdigit():
+            arch = job.space.architecture([int(gene) for gene in name.replace("-", ",").split(",") if gene])
+            chosen[f"genes_{arch}"] = arch
+        else:
+            known = pipeline.baselines(job)
+            if name not in known:
+                raise InputError(
+                    f"--arch: got {name!r}; expected all, best, {', '.join(known)}, genes such as 0,1,2, or a JSON file"
+                )
+            chosen[name] = known[name]
+    return chosen
+
+
+def _check_constraint(stage: str, config: Any, space: Any) -> None:
+    from spos_fast.sampling import UniformSampler
+
+    if stage in ("train", "search"):
+        try:
+            UniformSampler(space, getattr(config, stage).constraint)
+        except InputError as error:
+            raise InputError(f"{stage}.{error}") from None
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"--device: {name!r} cannot be used here ({first})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _existing(run: Path) -> Path:
+    if not (run / "config.json").exists():
+        raise InputError(f"--folder: {run} is not a run folder; name one that train or demo made")
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one line and exit code 2, as every other error."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("spos-fast", description=DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        default = Path("runs/demo") if name == "demo" else None
+        command.add_argument(
+            "--folder",
+            type=Path,
+            default=default,
+            required=default is None,
+            metavar="FOLDER",
+            help="run folder; made if it is not there, gone on with if it is"
+            + (f" (default {default})" if default else ""),
+        )
+        if name == "report":
+            continue
+        if name == "retrain":
+            command.add_argument(
+                "--arch",
+                action="append",
+                metavar="WHAT",
+                help="what to retrain; may be repeated. all (default): the best of evolution and of random search, "
+                "each choice everywhere, random ones; best: the first two; one of their names; genes such as 0,1,2; "
+                "or a .json file with an architecture",
+            )
+        command.add_argument(
+            "--config",
+            default="digits" if name == "demo" else "",
+            metavar="NAME",
+            help="TOML file with settings, or a preset: digits, cifar10, cifar10_small, imagenet",
+        )
+        command.add_argument("--seed", metavar="N", help="of every random choice (default 0)")
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+        command.add_argument(
+            "--threads", type=int, default=0, metavar="N", help="CPU threads (default: PyTorch's choice)"
+        )
+        command.add_argument(
+            "--workers", type=int, metavar="N", help="processes that decode images (default: by the cores)"
+        )
+        command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
+        _add_settings(command, SECTIONS_OF[name])
+    return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:
+    from spos_fast.config import SECTIONS, documented_fields
+
+    for section in sections:
+        first_line = (SECTIONS[section].__doc__ or "").strip().splitlines()[0]
+        group = command.add_argument_group(f"{section}: {first_line}")
+        for name, _, default, text in documented_fields(SECTIONS[section]):
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            text = text.replace("%", "%%")
+            group.add_argument(
+                f"--{section}.{name}", metavar="VALUE", help=f"{text} (default {shown})" if shown != "" else text
+            )
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings given as flags, as nested plain values."""
+    from spos_fast.config import SECTIONS, documented_fields, parse_flag
+
+    values: dict[str, Any] = {}
+    if options.seed is not None:
+        values["seed"] = parse_flag("--seed", options.seed, int)
+    for section in SECTIONS_OF[options.command]:
+        for name, kind, _, _ in documented_fields(SECTIONS[section]):
+            text = getattr(options, f"{section}.{name}")
+            if text is not None:
+                values.setdefault(section, {})[name] = parse_flag(f"--{section}.{name}", text, kind)
+    return values
+
+
+@contextmanager
+def _console() -> Iterator[Any]:
+    from spos_fast.console import Console
+
+    console = Console()
+    try:
+        yield console
+    finally:
+        console.close()

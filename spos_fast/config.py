@@ -1,0 +1,360 @@
+"""Settings of the main job: dataclasses with documented fields, read from a preset or a TOML file and from flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from spos_fast.calibration import MODES
+from spos_fast.data import DataSource, load
+from spos_fast.errors import InputError
+from spos_fast.sampling import Constraint
+from spos_fast.spaces import SPACES, Space
+from spos_fast.training import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from.
+
+    Attributes:
+        name: digits, cifar10, cifar100 or imagenet.
+        path: folder or archive of the data set; digits need none.
+        validation: images that are split off the training part for the search: a fraction below 1, or a number a class;
+            0 means the data set's own default (50 a class on imagenet).
+        normalize: imagenet only: "imagenet" (mean and deviation) or "published" (BGR, 0 to 255), which the published
+            supernet checkpoint needs.
+        input_size: imagenet only: height and width that images are cut to.
+    """
+
+    name: str = "digits"
+    path: str = ""
+    validation: float = 0.0
+    normalize: str = "imagenet"
+    input_size: int = 224
+
+    def load(self) -> DataSource:
+        """The data set.
+
+        Raises:
+            InputError: unknown name, or data that is missing, incomplete or damaged.
+        """
+        options: dict[str, Any] = {}
+        if self.name == "imagenet":
+            options = {"input_size": self.input_size, "normalize": self.normalize}
+        per_class = int(self.validation) if self.validation >= 1 else self.validation
+        return load(self.name, self.path or None, validation=per_class or None, **options)
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """Which search space, and its sizes. Defaults are the paper's.
+
+    Attributes:
+        name: shufflenet_v2.
+        stem_channels: output channels of the stem.
+        stem_stride: 1 or 2.
+        stage_channels: output channels of every stage.
+        stage_repeats: choice blocks of every stage.
+        stage_strides: stride of the first block of every stage.
+        head_channels: channels of the last convolution.
+        dropout: probability before the classifier.
+    """
+
+    name: str = "shufflenet_v2"
+    stem_channels: int = 16
+    stem_stride: int = 2
+    stage_channels: tuple[int, ...] = (64, 160, 320, 640)
+    stage_repeats: tuple[int, ...] = (4, 4, 8, 4)
+    stage_strides: tuple[int, ...] = (2, 2, 2, 2)
+    head_channels: int = 1024
+    dropout: float = 0.1
+
+    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> Space:
+        """The space for images of one data set."""
+        if self.name not in SPACES:
+            raise InputError(f"space.name: got {self.name!r}; expected one of {', '.join(SPACES)}")
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        return SPACES[self.name](input_size=input_size, in_channels=in_channels, num_classes=num_classes, **sizes)
+
+
+@dataclass(frozen=True)
+class CostRange:
+    """Ranges of cost; 0 leaves an end open.
+
+    Attributes:
+        macs_min: least multiply-accumulates of an architecture.
+        macs_max: most multiply-accumulates of an architecture.
+        params_min: least number of weights.
+        params_max: most weights.
+    """
+
+    macs_min: float = 0.0
+    macs_max: float = 0.0
+    params_min: float = 0.0
+    params_max: float = 0.0
+
+    @property
+    def constraint(self) -> Constraint:
+        """The ranges as a constraint."""
+        return Constraint(
+            macs=(self.macs_min or None, self.macs_max or None),
+            params=(self.params_min or None, self.params_max or None),
+        )
+
+
+@dataclass(frozen=True)
+class SupernetConfig(CostRange, TrainConfig):
+    """Training of the supernet; the ranges of cost are those of the sampled paths."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _ = self.constraint
+
+
+@dataclass(frozen=True)
+class SearchConfig(CostRange):
+    """Evolutionary search, and random search under the same budget; the defaults are the paper's.
+
+    Attributes:
+        population: architectures a generation.
+        generations: generations after the first population.
+        top_k: number of parents.
+        mutation_probability: chance of a gene to be drawn anew.
+        crossover: children of two parents a generation.
+        mutation: children of one parent a generation.
+        random_search: whether random search runs too, as the baseline.
+        bn_mode: statistics of batch normalisation: cumulative, pooled or ema.
+        calibration_images: images of the training part that the statistics come from.
+        calibration_batch: images in a batch of calibration.
+        batch_size: images in a batch of validation.
+        supernet: published SPOS checkpoint to search with, instead of training one.
+    """
+
+    population: int = 50
+    generations: int = 20
+    top_k: int = 10
+    mutation_probability: float = 0.1
+    crossover: int = 25
+    mutation: int = 25
+    random_search: bool = True
+    bn_mode: str = "cumulative"
+    calibration_images: int = 20000
+    calibration_batch: int = 128
+    batch_size: int = 256
+    supernet: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("population", "top_k", "calibration_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}; expected a positive number")
+        for name in ("generations", "crossover", "mutation"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: got {getattr(self, name)}; expected 0 or more")
+        if self.crossover + self.mutation > self.population:
+            raise InputError(
+                f"crossover, mutation: {self.crossover} + {self.mutation} children do not fit into a population "
+                f"of {self.population}"
+            )
+        if not 0 <= self.mutation_probability <= 1:
+            raise InputError(f"mutation_probability: got {self.mutation_probability}; expected 0 to 1")
+        if self.calibration_batch < 2:
+            raise InputError(f"calibration_batch: got {self.calibration_batch}; expected at least 2")
+        if self.bn_mode not in MODES:
+            raise InputError(f"bn_mode: got {self.bn_mode!r}; expected one of {', '.join(MODES)}")
+        _ = self.constraint
+
+
+@dataclass(frozen=True)
+class RetrainConfig(TrainConfig):
+    """Training of single architectures on the whole training part.
+
+    Attributes:
+        init: "scratch", or "inherited" for the supernet's weights.
+        bn_steps: batches of the training stream that set the final statistics of batch normalisation (the published
+            code takes 1,250); 0 keeps the running ones.
+        random_architectures: how many random architectures are retrained as a baseline.
+    """
+
+    init: str = "scratch"
+    bn_steps: int = 20
+    random_architectures: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in ("scratch", "inherited"):
+            raise InputError(f"init: got {self.init!r}; expected scratch or inherited")
+        for name in ("bn_steps", "random_architectures"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: got {getattr(self, name)}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that the numbers of a run depend on.
+
+    Attributes:
+        seed: of every random choice.
+        data: see :class:`DataConfig`.
+        space: see :class:`SpaceConfig`.
+        train: see :class:`SupernetConfig`.
+        search: see :class:`SearchConfig`.
+        retrain: see :class:`RetrainConfig`.
+    """
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    space: SpaceConfig = SpaceConfig()
+    train: SupernetConfig = SupernetConfig()
+    search: SearchConfig = SearchConfig()
+    retrain: RetrainConfig = RetrainConfig()
+
+
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "space": SpaceConfig,
+    "train": SupernetConfig,
+    "search": SearchConfig,
+    "retrain": RetrainConfig,
+}
+
+
+def config_from(values: Mapping[str, Any], origin: str) -> Config:
+    """A configuration from nested plain values, defaults elsewhere.
+
+    Args:
+        values: ``{"seed": 1, "train": {"steps": 10}, ...}``.
+        origin: where they come from, for error messages.
+
+    Raises:
+        InputError: unknown keys, wrong types or values out of range.
+    """
+    parts: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in SECTIONS:
+            if not isinstance(value, Mapping):
+                raise InputError(f"{origin}: [{name}] must be a table, got {value!r}")
+            section = SECTIONS[name]
+            hints = get_type_hints(section)
+            fields = {field.name for field in dataclasses.fields(section)}
+            unknown = sorted(set(value) - fields)
+            if unknown:
+                raise InputError(f"{origin}: {name}.{unknown[0]} is no setting; there are {', '.join(sorted(fields))}")
+            typed = {key: _typed(f"{name}.{key}", entry, hints[key]) for key, entry in value.items()}
+            try:
+                parts[name] = section(**typed)
+            except InputError as error:
+                raise InputError(f"{name}.{error}") from None
+        elif name == "seed":
+            parts[name] = _typed("seed", value, int)
+            if parts[name] < 0:
+                raise InputError(f"seed: got {value}; expected 0 or more")
+        else:
+            raise InputError(f"{origin}: {name} is no setting; there are seed, {', '.join(SECTIONS)}")
+    return Config(**parts)
+
+
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file.
+
+    Raises:
+        InputError: no such preset or file, or no TOML.
+    """
+    presets = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    path = presets.get(name_or_path, Path(name_or_path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"config: {name_or_path!r} could not be read ({error.strerror}); expected a TOML file or a preset: "
+            f"{', '.join(presets)}"
+        ) from None
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config: {path} is not TOML ({error})") from None
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, later layers over earlier ones."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            nested = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+            out[key] = merged(out[key], value) if nested else value
+    return out
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values that JSON and TOML can hold."""
+
+    def convert(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {field.name: convert(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+
+    return convert(config)
+
+
+def documented_fields(section: type) -> list[tuple[str, Any, Any, str]]:
+    """(name, type, default, description) of every field; the descriptions are the ``Attributes`` of the docstrings."""
+    docs: dict[str, str] = {}
+    for cls in reversed(section.__mro__):
+        _, _, attributes = (cls.__doc__ or "").partition("Attributes:\n")
+        for match in re.finditer(r"^ {8}(\w+(?:, \w+)*): (.*(?:\n {12}.*)*)", attributes, re.MULTILINE):
+            for name in match[1].split(", "):
+                docs[name] = " ".join(match[2].split())
+    hints = get_type_hints(section)
+    return [(field.name, hints[field.name], field.default, docs[field.name]) for field in dataclasses.fields(section)]
+
+
+def parse_flag(name: str, text: str, kind: Any) -> Any:
+    """The value of a command-line flag, by the type of its field.
+
+    Raises:
+        InputError: the text is no such value.
+    """
+    if kind is bool:
+        if text.lower() in ("true", "yes", "1", "on"):
+            return True
+        if text.lower() in ("false", "no", "0", "off"):
+            return False
+        raise InputError(f"{name}: got {text!r}; expected true or false")
+    if kind in (int, float):
+        try:
+            number = float(text)
+        except ValueError:
+            raise InputError(f"{name}: got {text!r}; expected a number") from None
+        return _typed(name, int(number) if kind is int and number.is_integer() else number, kind)
+    if get_origin(kind) is tuple:
+        return _typed(name, [parse_flag(name, part, int) for part in text.split(",")], kind)
+    return text
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """``value`` if it is of the field's type; numbers are widened and lists become tuples."""
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{name}: got {value!r}; expected a list of integers")
+        return tuple(_typed(name, entry, int) for entry in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = kind if isinstance(kind, type) else str
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise InputError(f"{name}: got {value!r}; expected {expected.__name__}")
+    return value

@@ -1,0 +1,140 @@
+"""The choice blocks of the SPOS ShuffleNetV2 space (arXiv 1904.00420, figure 5 and table 2).
+
+Parameter names are those of the published code (``branch_main.<i>``, ``branch_proj.<i>``): its checkpoints load.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from spos_fast.errors import InputError
+
+
+def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 1, bias=False)
+
+
+def _depthwise(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=False)
+
+
+class _Unit(nn.Module):
+    """Two branches that are concatenated.
+
+    With ``stride=1`` and as many output as input channels the input is split: even channels pass through, odd channels
+    go through ``branch_main`` (the channel shuffle of the published code). Otherwise both branches see the whole input:
+    ``branch_proj`` keeps its channels, ``branch_main`` makes the rest.
+    """
+
+    branch_main: nn.Sequential
+    branch_proj: nn.Sequential | None
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("mid_channels", mid_channels),
+        ):
+            if value < 1:
+                raise InputError(f"{name}: got {value}; expected a positive number")
+        if stride not in (1, 2):
+            raise InputError(f"stride: got {stride}; expected 1 or 2")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel_size: got {kernel_size}; expected an odd number such as 3, 5 or 7")
+        self.splits = stride == 1 and in_channels == out_channels
+        if self.splits and in_channels % 2:
+            raise InputError(f"in_channels: got {in_channels}; a unit that splits its input needs an even number")
+        if not self.splits and out_channels <= in_channels:
+            raise InputError(
+                f"out_channels: got {out_channels} for {in_channels} input channels and stride {stride}; "
+                "a unit that does not split its input must widen it"
+            )
+        self.branch_in = in_channels // 2 if self.splits else in_channels
+        self.branch_out = out_channels - self.branch_in
+
+    def _projection(self, kernel_size: int, stride: int, affine: bool) -> nn.Sequential | None:
+        if self.splits:
+            return None
+        channels = self.branch_in
+        return nn.Sequential(
+            _depthwise(channels, kernel_size, stride),
+            nn.BatchNorm2d(channels, affine=affine),
+            _pointwise(channels, channels),
+            nn.BatchNorm2d(channels, affine=affine),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``."""
+        if self.branch_proj is None:
+            # Slices keep the memory format; the view-and-transpose form of the shuffle would leave channels_last.
+            return torch.cat((x[:, ::2], self.branch_main(x[:, 1::2])), 1)
+        return torch.cat((self.branch_proj(x), self.branch_main(x)), 1)
+
+
+class ShuffleUnit(_Unit):
+    """ShuffleNetV2 unit with a ``kernel_size`` depthwise convolution (choices k3, k5 and k7 of the paper).
+
+    ``branch_main`` is 1x1 conv, BN, ReLU; depthwise conv, BN; 1x1 conv, BN, ReLU.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        mid_channels: channels between the two 1x1 convolutions.
+        kernel_size: odd size of the depthwise kernel.
+        stride: 1 or 2.
+        affine: whether batch normalisation learns a scale and a shift (off in a supernet).
+
+    Raises:
+        InputError: sizes that no such unit has.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        mid_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, mid_channels, kernel_size, stride)
+        self.branch_main = nn.Sequential(
+            _pointwise(self.branch_in, mid_channels),
+            nn.BatchNorm2d(mid_channels, affine=affine),
+            nn.ReLU(inplace=True),
+            _depthwise(mid_channels, kernel_size, stride),
+            nn.BatchNorm2d(mid_channels, affine=affine),
+            _pointwise(mid_channels, self.branch_out),
+            nn.BatchNorm2d(self.branch_out, affine=affine),
+            nn.ReLU(inplace=True),
+        )
+        self.branch_proj = self._projection(kernel_size, stride, affine)
+
+
+class XceptionUnit(_Unit):
+    """The Xception choice: three depthwise 3x3 convolutions, each followed by a 1x1 convolution.
+
+    Args and errors as :class:`ShuffleUnit`, without ``kernel_size``.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, mid_channels: int, stride: int = 1, affine: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, mid_channels, 3, stride)
+        layers: list[nn.Module] = []
+        widths = (self.branch_in, mid_channels, mid_channels, self.branch_out)
+        for position, (narrow, wide) in enumerate(itertools.pairwise(widths)):
+            layers += [
+                _depthwise(narrow, 3, stride if position == 0 else 1),
+                nn.BatchNorm2d(narrow, affine=affine),
+                _pointwise(narrow, wide),
+                nn.BatchNorm2d(wide, affine=affine),
+                nn.ReLU(inplace=True),
+            ]
+        self.branch_main = nn.Sequential(*layers)
+        self.branch_proj = self._projection(3, stride, affine)

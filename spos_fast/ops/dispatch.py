@@ -1,0 +1,144 @@
+"""Defines the ops and decides which kernel serves which device.
+
+An op is a schema, a reference in plain PyTorch that says what it computes, and up to two kernels: native (C++ on the
+CPU, CUDA on the GPU) and Triton. The choice is made once, when the op is defined, from SPOS_FAST_BACKEND and from what
+is there. It costs nothing at run time: torch's dispatcher then calls the chosen kernel.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spos_fast import native
+
+Kernel = Callable[..., Any]
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
+
+# The one owner of the namespace. It must live as long as the ops: torch takes them back when it is collected.
+LIBRARY = torch.library.Library("spos_fast", "DEF")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel serves an op on a device, and why."""
+
+    kernel: str  # native, triton or reference
+    reason: str
+    fallback: bool = False  # the reference, though nobody asked for it
+
+
+_choices: dict[str, dict[str, Choice]] = {}
+_warned: set[str] = set()
+
+
+def define_op(schema: str, *, reference: Kernel, fake: Kernel, triton: str | None = None) -> Any:
+    """Define an op and register its kernels. Returns the overload, ready to call.
+
+    Args:
+        schema: as torch writes it, without the namespace: ``"name(Tensor x) -> Tensor"``. Functional.
+        reference: plain PyTorch with the same arguments and defaults; the definition of the op.
+        fake: shapes and dtypes of the outputs, on tensors without data.
+        triton: ``"module:function"`` of the Triton kernel's launcher, imported when it is first called. It
+            must carry the schema's defaults too: torch leaves out arguments that equal them.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    torch.library.register_fake(f"spos_fast::{name}", fake, lib=LIBRARY)
+    choices = {device: _choose(name, device, triton) for device in DEVICES}
+    _choices[name] = choices
+    for device, choice in choices.items():
+        if choice.kernel == "triton":
+            assert triton is not None
+            LIBRARY.impl(name, _late(triton), DEVICES[device])
+    # Serves every device without a kernel of its own. Not Implicit: autograd is the op's own.
+    LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
+    return getattr(torch.ops.spos_fast, name).default
+
+
+def _choose(name: str, device: str, triton: str | None) -> Choice:
+    backend = native.backend()
+    if backend == "reference":
+        return Choice("reference", "SPOS_FAST_BACKEND=reference")
+    if backend == "triton":
+        missing = _why_no_triton(device, triton)
+        if missing is None:
+            return Choice("triton", "SPOS_FAST_BACKEND=triton")
+        note = f"SPOS_FAST_BACKEND=triton, but {missing}"
+    else:
+        note = "" if backend == "auto" else f"SPOS_FAST_BACKEND={backend}"
+
+    problem = native.ops_library().register(name, DEVICES[device])
+    if problem is None:
+        return Choice("native", note or "built")
+    if device == "cuda" and backend == "auto" and _why_no_triton(device, triton) is None:
+        return Choice("triton", problem)
+    return Choice("reference", f"{note}: {problem}" if note else problem, fallback=True)
+
+
+def _why_no_triton(device: str, triton: str | None) -> str | None:
+    if triton is None:
+        return "the op has no Triton kernel"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton does not run on {device}"
+    return None
+
+
+def _late(path: str) -> Kernel:
+    module, _, function = path.partition(":")
+
+    def launch(*args: Any) -> Any:
+        kernel = getattr(importlib.import_module(module), function)
+        tensor = next(argument for argument in args if isinstance(argument, torch.Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current GPU, which need not be the tensor's
+            return kernel(*args)
+
+    return launch
+
+
+def _announced(name: str, reference: Kernel) -> Kernel:
+    """The reference, with a warning at its first use (an error if strict) wherever it stands in for a kernel."""
+
+    def run(*args: Any) -> Any:
+        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+        choice = _choices[name].get(device, Choice("reference", f"no kernel for {device} devices", fallback=True))
+        if choice.fallback:
+            _announce(name, device, choice)
+        return reference(*args)
+
+    return run
+
+
+def _announce(name: str, device: str, choice: Choice) -> None:
+    message = f"spos_fast.{name} has no kernel on {device}: {choice.reason}"
+    if native.strict():
+        raise RuntimeError(f"{message} (SPOS_FAST_STRICT=1)")
+    if native.backend() == "native":
+        raise RuntimeError(message)
+    if choice.reason not in _warned:  # once a reason, however many ops it concerns
+        _warned.add(choice.reason)
+        warnings.warn(f"{message}; using plain PyTorch, which is slower", RuntimeWarning, stacklevel=3)
+
+
+def explain() -> str:
+    """A table of which kernel runs each op on each device and why, under a line on what was built."""
+    rows = [("op", "device", "kernel", "why")]
+    for name, choices in sorted(_choices.items()):
+        for device, choice in choices.items():
+            reason = choice.reason
+            if device == "cuda" and choice.kernel == "native":
+                reason += f" for {native.build_info()['cuda']['architectures']}"
+            if device == "cuda" and not torch.cuda.is_available():
+                reason += "; no GPU here"
+            rows.append((name, device, choice.kernel, reason))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
+    info = native.build_info()
+    return "\n".join([f"spos_fast: {info['summary']}", f"backend: {native.backend()}", "", *lines])

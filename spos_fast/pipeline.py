@@ -1,0 +1,392 @@
+"""The main job on a run folder, stage by stage: train a supernet, search, retrain. Each stage resumes where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spos_fast import distributed
+from spos_fast.architecture import Architecture
+from spos_fast.calibration import recalibrate
+from spos_fast.checkpoint import Records, load_checkpoint, read_json, write_json
+from spos_fast.config import Config, RetrainConfig, SupernetConfig
+from spos_fast.data import DataSource
+from spos_fast.errors import CheckpointError, InputError
+from spos_fast.evaluation import Evaluator, Score, evaluate
+from spos_fast.evolution import SearchResult, evolve, random_search
+from spos_fast.sampling import UniformSampler
+from spos_fast.spaces import Space
+from spos_fast.supernet import Supernet
+from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
+
+PHASES = ("evolution", "random_search")
+
+
+class Listener:
+    """Hears what a stage does; the command line draws progress from it. Every method may be overridden."""
+
+    def resumed(self, stage: str, done: int, total: int) -> None:
+        """A stage begins with ``done`` of ``total`` steps or candidates behind it."""
+
+    def metrics(self, stage: str, metrics: Metrics) -> None:
+        """Training goes on."""
+
+    def candidate(self, phase: str, number: int, total: int, score: Score, best: Score) -> None:
+        """Candidate ``number`` of at most ``total`` is scored."""
+
+    def retrained(self, label: str, result: dict[str, Any]) -> None:
+        """An architecture is retrained and tested."""
+
+
+@dataclass
+class Job:
+    """A run folder with its data, its space and where to compute.
+
+    Attributes:
+        folder: the run folder, held open by a :class:`spos_fast.run.Run`.
+        config: settings of the run.
+        source: the data set.
+        space: the search space for it.
+        device: where networks live.
+        workers: processes that decode images; None is the data set's own choice.
+        tensorboard: whether scalars are written.
+        listener: hears about progress.
+    """
+
+    folder: Path
+    config: Config
+    source: DataSource
+    space: Space
+    device: torch.device
+    workers: int | None = None
+    tensorboard: bool = True
+    listener: Listener = dataclasses.field(default_factory=Listener)
+
+
+def make_space(config: Config, source: DataSource) -> Space:
+    """The configured space for the images and classes of a data set."""
+    return config.space.make(
+        input_size=source.input_size, in_channels=source.in_channels, num_classes=source.num_classes
+    )
+
+
+def train_supernet(job: Job) -> None:
+    """Train the supernet, or go on training it.
+
+    Raises:
+        InputError, CheckpointError: see :func:`spos_fast.train`.
+    """
+    config = job.config
+    sampler = UniformSampler(job.space, config.train.constraint)
+    torch.manual_seed(config.seed)
+    net = job.space.supernet().to(job.device)
+    with _metrics(job, "supernet", config.train.steps) as (checkpoint, on_resume, on_metrics):
+        train(
+            net,
+            job.source,
+            _train_config(config.train),
+            sampler=sampler,
+            seed=config.seed,
+            workers=job.workers,
+            checkpoint=checkpoint,
+            on_resume=on_resume,
+            on_metrics=on_metrics,
+        )
+
+
+def require_stage_before(stage: str, folder: Path, config: Config) -> None:
+    """Say what to run first if the stage before ``"search"`` or ``"retrain"`` has not begun.
+
+    Raises:
+        InputError: it has not.
+    """
+    if stage == "search" and not config.search.supernet and not (folder / "supernet" / "checkpoint.pt").exists():
+        raise InputError(f"folder: {folder} has no trained supernet; run `spos-fast train --folder {folder}` first")
+    if stage == "retrain" and not (folder / "search" / "best.json").exists():
+        raise InputError(f"folder: {folder} has no finished search; run `spos-fast search --folder {folder}` first")
+
+
+def load_supernet(job: Job) -> Supernet:
+    """The trained supernet of the run, or the published one that the search is configured to use.
+
+    Raises:
+        InputError: the run has no supernet, or its training is not finished.
+        CheckpointError: damaged or foreign checkpoint.
+    """
+    net = job.space.supernet()
+    published = job.config.search.supernet
+    if published:
+        net.load_published(published)
+        return net.to(job.device)
+    require_stage_before("search", job.folder, job.config)
+    path = job.folder / "supernet" / "checkpoint.pt"
+    content = load_checkpoint(path)
+    step, steps = content.get("step"), job.config.train.steps
+    if step != steps:
+        raise InputError(
+            f"folder: the supernet in {job.folder} has {step} of {steps} steps; run `spos-fast train` again"
+        )
+    load_model(net, content, path)
+    return net.to(job.device)
+
+
+def search(job: Job) -> dict[str, SearchResult]:
+    """Evolution, and random search under the same budget, with the supernet's weights.
+
+    Returns:
+        One result a phase. Also written into the run folder.
+
+    Raises:
+        InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`.
+    """
+    settings, config = job.config.search, job.config
+    if distributed.world_size() > 1:
+        raise InputError("folder: the search runs in one process; start it without torchrun")
+    UniformSampler(job.space, settings.constraint)  # an infeasible constraint is refused before any work
+    net = load_supernet(job)
+    evaluator = Evaluator(
+        net,
+        job.source.calibration(
+            min(settings.calibration_images, job.source.train_size), seed=config.seed, device=job.device
+        ),
+        job.source.validation(device=job.device),
+        mode=settings.bn_mode,  # type: ignore[arg-type]
+        calibration_batch=settings.calibration_batch,
+        batch_size=settings.batch_size,
+    )
+    folder = job.folder / "search"
+    records = Records(folder / "candidates.jsonl")
+    budget = settings.population * (settings.generations + 1)
+    scores = _RecordedScores(records, evaluator, job.space, job.listener, budget)
+    results = {}
+    results["evolution"] = evolve(
+        job.space,
+        scores.phase("evolution"),
+        population=settings.population,
+        generations=settings.generations,
+        top_k=settings.top_k,
+        mutation_probability=settings.mutation_probability,
+        crossover=settings.crossover,
+        mutation=settings.mutation,
+        constraint=settings.constraint,
+        seed=config.seed,
+    )
+    if settings.random_search:
+        results["random_search"] = random_search(
+            job.space,
+            scores.phase("random_search"),
+            len(results["evolution"].candidates),
+            population=settings.population,
+            constraint=settings.constraint,
+            seed=config.seed,
+        )
+    for phase, result in results.items():
+        write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
+    write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
+    return results
+
+
+def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[str, Any]]:
+    """Train architectures as stand-alone networks on the whole training part and test them.
+
+    Args:
+        job: the run.
+        architectures: what to train, by label; the label is the folder's name.
+
+    Returns:
+        For every label ``architecture``, ``macs``, ``params``, ``test_accuracy``, ``test_loss``, ``test_images``.
+    """
+    results = {}
+    for label, arch in architectures.items():
+        results[label] = _retrain_one(job, label, arch)
+        if distributed.rank() == 0:
+            job.listener.retrained(label, results[label])
+    return results
+
+
+def baselines(job: Job) -> dict[str, Architecture]:
+    """The architectures of the paper's comparison: best of evolution and of random search, each choice everywhere, and
+    random ones within the search's constraint.
+    """
+    chosen = searched(job)
+    for choice, name in enumerate(job.space.choices[0]):
+        chosen[f"all_{name}"] = job.space.everywhere(choice)
+    sampler = UniformSampler(job.space, job.config.search.constraint)
+    rng = np.random.default_rng([job.config.seed, 2])
+    for number in range(job.config.retrain.random_architectures):
+        chosen[f"random_{number}"] = sampler.sample(rng)
+    return chosen
+
+
+def searched(job: Job) -> dict[str, Architecture]:
+    """The best architecture of every phase of the run's search.
+
+    Raises:
+        InputError: the search has not finished.
+    """
+    require_stage_before("retrain", job.folder, job.config)
+    best = read_json(job.folder / "search" / "best.json")
+    return {phase: job.space.architecture(best[phase]["genes"]) for phase in PHASES if phase in best}
+
+
+def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
+    settings, stage = job.config.retrain, f"retrain/{label}"
+    if (job.folder / stage / "result.json").exists():
+        result = read_json(job.folder / stage / "result.json")
+        if result.get("architecture") != list(arch.genes):
+            raise CheckpointError(f"{job.folder / stage}: holds another architecture; name another label")
+        return result
+    torch.manual_seed(job.config.seed)
+    net = load_supernet(job).extract(arch) if settings.init == "inherited" else job.space.build(arch)
+    net.to(job.device)
+    with _metrics(job, stage, settings.steps) as (checkpoint, on_resume, on_metrics):
+        train(
+            net,
+            job.source,
+            _train_config(settings),
+            seed=job.config.seed,
+            full=True,
+            workers=job.workers,
+            checkpoint=checkpoint,
+            identity={"architecture": list(arch.genes)},
+            on_resume=on_resume,
+            on_metrics=on_metrics,
+        )
+    if distributed.rank() > 0:
+        return {}
+    if settings.bn_steps:
+        stream = job.source.train_stream(
+            settings.batch_size,
+            seed=job.config.seed,
+            start_step=settings.steps,
+            full=True,
+            device=job.device,
+            workers=job.workers,
+        )
+        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative")
+    score = evaluate(net, job.source.test_batches(settings.batch_size, device=job.device))
+    cost = job.space.cost(arch)
+    result = {
+        "label": label,
+        "architecture": list(arch.genes),
+        "macs": cost.macs,
+        "params": cost.params,
+        "test_accuracy": score.accuracy,
+        "test_loss": score.loss,
+        "test_images": score.images,
+    }
+    write_json(job.folder / stage / "result.json", result)
+    return result
+
+
+class _RecordedScores:
+    """Scores candidates one by one and records each at once, so that a killed search loses at most one.
+
+    The search is replayed from the start on resuming; candidates that are on record are not scored again. A candidate
+    that two phases meet is scored once.
+    """
+
+    def __init__(self, records: Records, evaluator: Evaluator, space: Space, listener: Listener, budget: int) -> None:
+        self.records, self.evaluator, self.space, self.listener, self.budget = (
+            records,
+            evaluator,
+            space,
+            listener,
+            budget,
+        )
+        self.known = {tuple(row["genes"]): Score(row["accuracy"], row["loss"], row["images"]) for row in records.rows}
+
+    def phase(self, name: str) -> Callable[[Sequence[Architecture]], list[Score]]:
+        recorded = [row for row in self.records.rows if row["phase"] == name]
+        self.listener.resumed(name, len(recorded), self.budget)
+        scored: list[Score] = []
+
+        def score_all(archs: Sequence[Architecture]) -> list[Score]:
+            return [one(arch) for arch in archs]
+
+        def one(arch: Architecture) -> Score:
+            number = len(scored)
+            if number < len(recorded):
+                if tuple(recorded[number]["genes"]) != arch.genes:
+                    raise CheckpointError(
+                        f"{self.records.path}: candidate {number} of {name} is of another search; use another folder"
+                    )
+                scored.append(self.known[arch.genes])
+                return scored[-1]
+            score = self.known.get(arch.genes) or self.evaluator([arch])[0]
+            self.known[arch.genes] = score
+            cost = self.space.cost(arch)
+            self.records.append(
+                {
+                    "phase": name,
+                    "number": number,
+                    "genes": list(arch.genes),
+                    **dataclasses.asdict(score),
+                    **dataclasses.asdict(cost),
+                }
+            )
+            scored.append(score)
+            best = max(scored, key=lambda s: s.accuracy)
+            self.listener.candidate(name, number + 1, self.budget, score, best)
+            return score
+
+        return score_all
+
+
+@contextmanager
+def _metrics(job: Job, stage: str, steps: int) -> Iterator[tuple[Path | None, Any, Any]]:
+    """Checkpoint path and callbacks of a training stage: rows of metrics, TensorBoard scalars, progress."""
+    folder = job.folder / stage
+    if distributed.rank() > 0:
+        # Other ranks resume from the checkpoint of rank 0 but write nothing.
+        yield folder / "checkpoint.pt", None, None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    records = Records(folder / "metrics.jsonl")
+    writer: Any = None
+    if job.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+    def on_resume(done: int) -> None:
+        nonlocal writer
+        records.keep(sum(row["step"] <= done for row in records.rows))
+        job.listener.resumed(stage, done, steps)
+        if job.tensorboard and done < steps:
+            writer = SummaryWriter(job.folder / "tensorboard" / stage, purge_step=done + 1)
+
+    def on_metrics(metrics: Metrics) -> None:
+        row = dataclasses.asdict(metrics)
+        row.pop("steps")
+        records.append(row)
+        if writer is not None:
+            for name in ("loss", "accuracy", "lr", "images_per_second"):
+                writer.add_scalar(f"{stage}/{name}", row[name], metrics.step)
+            writer.flush()
+        job.listener.metrics(stage, metrics)
+
+    try:
+        yield folder / "checkpoint.pt", on_resume, on_metrics
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _train_config(settings: SupernetConfig | RetrainConfig) -> TrainConfig:
+    return TrainConfig(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainConfig)})
+
+
+def _candidate_row(space: Space, candidate: Any) -> dict[str, Any]:
+    return {
+        "genes": list(candidate.architecture.genes),
+        "generation": candidate.generation,
+        "origin": candidate.origin,
+        **dataclasses.asdict(candidate.score),
+        **dataclasses.asdict(space.cost(candidate.architecture)),
+    }

@@ -1,0 +1,185 @@
+"""Supernets: shared weights of which one path runs at a time, and the plain networks that come out of them.
+
+Parameter names are those of the published SPOS code, so that its checkpoints load and ours read alike:
+``first_conv.*``, ``features.<block>.<choice>.*`` (without ``<choice>`` in a plain network), ``conv_last.*``,
+``classifier.0.*``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spos_fast.architecture import Architecture
+from spos_fast.errors import CheckpointError
+
+
+class Network(nn.Module):
+    """A plain single-path network: stem, one block a layer, head.
+
+    Args:
+        first_conv: stem.
+        features: blocks in order.
+        conv_last: last convolution before the global average pool.
+        classifier: from pooled features to logits.
+        dropout: probability before the classifier.
+    """
+
+    def __init__(
+        self,
+        first_conv: nn.Module,
+        features: Sequence[nn.Module],
+        conv_last: nn.Module,
+        classifier: nn.Module,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.first_conv = first_conv
+        self.features = nn.Sequential(*features)
+        self.conv_last = conv_last
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
+        x = self.conv_last(self.features(self.first_conv(x)))
+        return self.classifier(self.dropout(x.mean((2, 3))))
+
+
+class Supernet(nn.Module):
+    """All candidates of every block; ``net(x, arch)`` runs the one that the architecture names, and touches no other.
+
+    Parameters off the path keep ``grad`` None, so the optimiser neither decays them nor moves their momentum, and no
+    memory is spent on their gradients.
+
+    Args:
+        first_conv, conv_last, classifier, dropout: as in :class:`Network`.
+        features: for every block its candidates.
+        check: returns the architecture if it belongs to the space, else raises ``InputError`` (``space.architecture``).
+        build: builds the plain :class:`Network` of an architecture (``space.build``).
+    """
+
+    def __init__(
+        self,
+        first_conv: nn.Module,
+        features: Sequence[Sequence[nn.Module]],
+        conv_last: nn.Module,
+        classifier: nn.Module,
+        dropout: float,
+        *,
+        check: Callable[[Architecture], Architecture],
+        build: Callable[[Architecture], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.first_conv = first_conv
+        self.features = nn.ModuleList(nn.ModuleList(candidates) for candidates in features)
+        self.conv_last = conv_last
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = classifier
+        self._check = check
+        self._build = build
+
+    def path(self, arch: Architecture) -> list[nn.Module]:
+        """The modules that the architecture runs, in order, from the stem to the classifier.
+
+        Raises:
+            InputError: the architecture is not of this supernet's space.
+        """
+        genes = self._check(arch).genes
+        blocks = [candidates[gene] for candidates, gene in zip(self.features, genes, strict=True)]  # type: ignore[index]
+        return [self.first_conv, *blocks, self.conv_last, self.dropout, self.classifier]
+
+    def forward(self, x: Tensor, arch: Architecture) -> Tensor:
+        """Images ``[N, C, H, W]`` through the path of ``arch`` to logits ``[N, classes]``.
+
+        Raises:
+            InputError: the architecture is not of this supernet's space.
+        """
+        *body, dropout, classifier = self.path(arch)
+        for module in body:
+            x = module(x)
+        return classifier(dropout(x.mean((2, 3))))
+
+    def extract(self, arch: Architecture) -> nn.Module:
+        """A plain network with the path's weights and statistics (copies); its output equals the path's.
+
+        Batch normalisation becomes affine, with scale 1 and shift 0, so that the network can be trained on.
+
+        Raises:
+            InputError: the architecture is not of this supernet's space.
+        """
+        genes = self._check(arch).genes
+        plain = self._build(arch)
+        state = plain.state_dict()
+        for name, value in state.items():
+            if name.startswith("features."):
+                _, block, rest = name.split(".", 2)
+                source = f"features.{block}.{genes[int(block)]}.{rest}"
+            else:
+                source = name
+            state[name] = _own_tensor(self, source, value)
+        plain.load_state_dict(state)
+        reference = next(self.parameters())
+        return plain.to(device=reference.device, dtype=reference.dtype).train(self.training)
+
+    def load_published(self, path: str | Path) -> None:
+        """Load the published SPOS supernet checkpoint, tensors only.
+
+        A ``state_dict`` entry and the ``module.`` prefix of DataParallel are seen through. Statistics that the file
+        lacks stay as they are: a search recalibrates them anyway.
+
+        Raises:
+            CheckpointError: unreadable file, or keys or shapes of another network; nothing is loaded then.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: there is no such checkpoint") from None
+        except Exception as error:  # torch raises many types for a damaged or foreign file
+            raise CheckpointError(f"{path}: not a readable checkpoint of tensors ({_first_line(error)})") from None
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
+        given = {str(name).removeprefix("module."): value for name, value in content.items()}
+        own = self.state_dict()
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        missing = [name for name in own if name not in given and not name.endswith(statistics)]
+        foreign = [name for name in given if name not in own]
+        wrong = [name for name in given if name in own and given[name].shape != own[name].shape]
+        for names, what in (
+            (missing, "is missing"),
+            (foreign, "is not of this supernet"),
+            (wrong, "has another shape"),
+        ):
+            if names:
+                detail = (
+                    f" ({tuple(given[names[0]].shape)}, expected {tuple(own[names[0]].shape)})"
+                    if names is wrong
+                    else ""
+                )
+                raise CheckpointError(f"{path}: {names[0]} {what}{detail}; {len(names)} such keys in all")
+        self.load_state_dict(given, strict=False)
+
+
+def path_parameters(net: nn.Module, arch: Architecture | None) -> Iterator[nn.Parameter]:
+    """Parameters that a step touches: those of the path of a supernet, or all of a plain network."""
+    modules = net.path(arch) if isinstance(net, Supernet) and arch is not None else [net]
+    for module in modules:
+        yield from module.parameters()
+
+
+def _own_tensor(net: nn.Module, name: str, default: Tensor) -> Tensor:
+    """A parameter or buffer of ``net``; the supernet's non-affine normalisation has no scale (1) and no shift (0)."""
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(net.get_submodule(owner), leaf)
+    if value is None:
+        return torch.ones_like(default) if leaf == "weight" else torch.zeros_like(default)
+    return value.detach().clone()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

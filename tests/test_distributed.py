@@ -1,0 +1,92 @@
+"""Two processes with half of every batch train as one process with the whole batch does."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+# Batch normalisation is fixed to its initial statistics (evaluation mode) and dropout is off: batch statistics of half
+# a batch differ from those of the whole one by definition.
+PROGRAM = textwrap.dedent("""
+    import sys
+    import torch
+    from torch import nn
+    from spos_fast import TrainConfig, UniformSampler, data, distributed, train
+    from spos_fast.spaces import ShuffleNetV2
+    from spos_fast.supernet import Supernet
+
+    nn.BatchNorm2d.forward = lambda self, x: nn.functional.batch_norm(
+        x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+    )
+    with distributed.process_group(torch.device("cpu")):
+        space = ShuffleNetV2(input_size=8, num_classes=10, in_channels=1, stem_channels=8, stem_stride=1,
+                             stage_channels=(16, 32), stage_repeats=(2, 2), stage_strides=(1, 2), head_channels=32,
+                             dropout=0.0)
+        torch.manual_seed(0)
+        supernet = sys.argv[2] == "supernet"
+        net = space.supernet() if supernet else space.build(space.everywhere(0))
+        paths, seen = [], Supernet.forward
+        Supernet.forward = lambda self, x, arch: (paths.append(arch.genes), seen(self, x, arch))[1]
+        rows = []
+        train(net, data.load("digits"), TrainConfig(steps=6, batch_size=32, lr=0.02, log_every=2),
+              sampler=UniformSampler(space) if supernet else None, seed=5, on_metrics=rows.append)
+        untouched = [name for name, p in net.named_parameters() if p.grad is None]
+        torch.save({"model": net.state_dict(), "paths": paths, "untouched": untouched,
+                    "rows": [(row.loss, row.accuracy) for row in rows]}, f"{sys.argv[1]}/{distributed.rank()}.pt")
+""")
+
+
+def _run(folder, kind, processes):
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*launch, str(folder / "program.py"), str(folder), kind],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+@pytest.mark.parametrize("kind", ["supernet", "plain"])
+def test_two_ranks_of_half_a_batch_are_one_rank_of_the_whole(tmp_path, kind):
+    """Same paths on all ranks, same weights up to rounding, no gradients off the path, metrics over all images."""
+    (one,) = _run(tmp_path / "one", kind, 1)
+    first, second = _run(tmp_path / "two", kind, 2)
+    assert first["paths"] == second["paths"] == one["paths"]
+    assert first["untouched"] == second["untouched"] == one["untouched"]
+    if kind == "supernet":
+        assert len(set(one["paths"])) > 3 and one["untouched"]
+    for name, value in one["model"].items():
+        assert torch.equal(first["model"][name], second["model"][name]), name
+        torch.testing.assert_close(first["model"][name], value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(first["rows"]), torch.tensor(one["rows"]), rtol=1e-5, atol=1e-6)
+    assert second["rows"] == []
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    """``torchrun -m spos_fast train`` trains on both ranks, writes once, resumes; a search there is refused."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spos_fast"]
+    flags = ["--folder", str(tmp_path / "run"), "--config", "digits", "--train.steps", "4", "--no-tensorboard"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run([*launch, "train", *flags], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert "done before" in done.stdout
+    assert torch.load(tmp_path / "run" / "supernet" / "checkpoint.pt", weights_only=True)["step"] == 4
+    refused = subprocess.run(
+        [*launch, "search", "--folder", str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert refused.returncode != 0 and "without torchrun" in refused.stderr

@@ -1,0 +1,141 @@
+"""Training follows the paper's recipe, resumes to the same bits, and stops with a clear line when it cannot go on."""
+
+import contextlib
+
+import pytest
+import torch
+
+from spos_fast import CheckpointError, InputError, Metrics, TrainConfig, UniformSampler, data, evaluate, train
+from spos_fast.training import _mix
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def _trained(space, source, steps, *, supernet=True, checkpoint=None, total=12, **options):
+    """A network trained for ``steps`` of ``total`` steps: a process that is killed there."""
+    torch.manual_seed(0)
+    net = space.supernet() if supernet else space.build(space.everywhere(0))
+    sampler = UniformSampler(space) if supernet else None
+    config = TrainConfig(**{"steps": total, "batch_size": 32, "log_every": 2, "checkpoint_seconds": 0, **options})
+    rows = []
+
+    def stop(metrics: Metrics):
+        rows.append(metrics)
+        if metrics.step > steps:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        train(net, source, config, sampler=sampler, seed=5, checkpoint=checkpoint, on_metrics=stop)
+    return net, rows
+
+
+def _equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("supernet", [True, False])
+@pytest.mark.parametrize("options", [{}, {"amp": "bf16", "clip_norm": 1.0, "channels_last": True}, {"amp": "fp16"}])
+def test_resuming_gives_the_same_bits(tiny_space, digits, tmp_path, supernet, options):
+    """Stopped after 4 and after 10 of 12 steps: weights, statistics and metrics equal an uninterrupted run's."""
+    whole, rows = _trained(tiny_space, digits, 12, supernet=supernet, **options)
+    path = tmp_path / "checkpoint.pt"
+    parts = []
+    for steps in (4, 10, 12):
+        net, some = _trained(tiny_space, digits, steps, supernet=supernet, checkpoint=path, **options)
+        parts += [row for row in some if row.step <= steps]
+    assert _equal(whole, net)
+    seen = {row.step: (row.loss, row.accuracy, row.lr) for row in parts}
+    assert seen == {row.step: (row.loss, row.accuracy, row.lr) for row in rows}
+    again, none = _trained(tiny_space, digits, 12, supernet=supernet, checkpoint=path, **options)
+    assert _equal(whole, again) and not none
+
+
+def test_learning_rate_falls_linearly_to_zero(tiny_space, digits):
+    """lr, then lr x (1 - step / steps) per step."""
+    _, rows = _trained(tiny_space, digits, 12, lr=0.4, log_every=1)
+    assert [row.lr for row in rows] == pytest.approx([0.4 * (1 - s / 12) for s in range(12)])
+    assert [row.step for row in rows] == list(range(1, 13))
+
+
+def test_one_step_is_sgd_with_label_smoothing(tiny_space, digits):
+    """Against PyTorch's own pieces put together by hand, weight decay on weights only."""
+    torch.manual_seed(0)
+    expected = tiny_space.build(tiny_space.everywhere(2)).train()
+    torch.manual_seed(0)
+    net = tiny_space.build(tiny_space.everywhere(2))
+    config = TrainConfig(steps=1, batch_size=32, lr=0.2, weight_decay=0.1, label_smoothing=0.1)
+    train(net, digits, config, seed=5)
+    images, labels = next(digits.train_stream(32, seed=5))
+    torch.manual_seed(_mix(5, 0, 0))
+    loss = torch.nn.functional.cross_entropy(expected(images), labels, label_smoothing=0.1)
+    loss.backward()
+    with torch.no_grad():
+        for p in expected.parameters():
+            p -= 0.2 * (p.grad + (0.1 * p if p.dim() > 1 else 0))
+    for a, b in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_training_learns_and_a_supernet_path_beats_chance(tiny_space, digits):
+    """A hundred steps are enough for digits to come out far above the 10 percent of chance."""
+    torch.manual_seed(0)
+    network = tiny_space.build(tiny_space.everywhere(1))
+    train(network, digits, TrainConfig(steps=100, batch_size=64), full=True)
+    assert evaluate(network, digits.test_batches(100)).accuracy > 0.5
+
+
+def test_a_checkpoint_of_something_else_is_refused(tiny_space, digits, tmp_path):
+    """Truncated, foreign, of another seed or of another network: one line that names the file."""
+    path = tmp_path / "checkpoint.pt"
+    _trained(tiny_space, digits, 12, checkpoint=path)
+    content = path.read_bytes()
+    config = TrainConfig(steps=20, batch_size=32)
+    net = tiny_space.supernet()
+    sampler = UniformSampler(tiny_space)
+    with pytest.raises(CheckpointError, match="seed = 5"):
+        train(net, digits, config, sampler=sampler, seed=6, checkpoint=path)
+    with pytest.raises(CheckpointError, match="another network"):
+        train(tiny_space.build(tiny_space.everywhere(0)), digits, config, seed=5, checkpoint=path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: truncated"):
+        train(net, digits, config, sampler=sampler, seed=5, checkpoint=path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of spos_fast"):
+        train(net, digits, config, sampler=sampler, seed=5, checkpoint=path)
+
+
+def test_divergence_is_an_error(tiny_space, digits):
+    """A loss that is not finite ends training with the settings to change, instead of days of NaN."""
+    with pytest.raises(InputError, match=r"diverged.*lr"):
+        _trained(tiny_space, digits, 12, supernet=False, lr=1e30, total=12)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(steps=0), "steps"),
+        (dict(batch_size=-1), "batch_size"),
+        (dict(lr=-1.0), "lr"),
+        (dict(lr=float("nan")), "lr"),
+        (dict(label_smoothing=1.0), "label_smoothing"),
+        (dict(amp="int8"), "amp"),
+        (dict(log_every=0), "log_every"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, says):
+    """Named, with the value."""
+    with pytest.raises(InputError, match=says):
+        TrainConfig(**options)
+
+
+def test_a_supernet_needs_a_sampler(tiny_space, digits):
+    """And a plain network takes none."""
+    for net, sampler in (
+        (tiny_space.supernet(), None),
+        (tiny_space.build(tiny_space.everywhere(0)), UniformSampler(tiny_space)),
+    ):
+        with pytest.raises(InputError, match="sampler"):
+            train(net, digits, TrainConfig(steps=1), sampler=sampler)

@@ -29,6 +29,7 @@ COMMANDS = {
     "retrain": "train the architectures that were found, and the baselines, as networks of their own",
     "report": "write report.html from what the run folder holds",
 }
+PRESET_NAMES = sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
 # Settings that a command shows; the ones of earlier stages come from the run folder.
 SECTIONS_OF = {
     "demo": ("data", "space", "train", "search", "retrain"),
@@ -77,6 +78,8 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if not given.get("data") and not (options.folder / "config.json").exists():
+        raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
     config = resolve(options.folder, given)
     # Everything that can be refused is refused before a folder is made.
     source = config.data.load()
@@ -185,7 +188,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("spos-fast", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            usage=f"spos-fast {name} "
+            + ("--folder FOLDER" if name == "report" else "--folder FOLDER [--config NAME] ..."),
+            allow_abbrev=False,
+        )
         default = Path("runs/demo") if name == "demo" else None
         command.add_argument(
             "--folder",
@@ -211,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
             "--config",
             default="digits" if name == "demo" else "",
             metavar="NAME",
-            help="TOML file with settings, or a preset: digits, cifar10, cifar10_small, imagenet",
+            help=f"TOML file with settings, or a preset: {', '.join(PRESET_NAMES)}",
         )
         command.add_argument("--seed", metavar="N", help="of every random choice (default 0)")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -231,10 +241,10 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
 
     for section in sections:
         first_line = (SECTIONS[section].__doc__ or "").strip().splitlines()[0]
-        group = command.add_argument_group(f"{section}: {first_line}")
+        group = command.add_argument_group(f"{section}: {first_line.rstrip('.')}")
         for name, _, default, text in documented_fields(SECTIONS[section]):
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            text = text.replace("%", "%%")
+            text = text.rstrip(".").replace("%", "%%")
             group.add_argument(
                 f"--{section}.{name}", metavar="VALUE", help=f"{text} (default {shown})" if shown != "" else text
             )

@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+from spos_fast import spaces
 from spos_fast.cli import COMMANDS, main
 
 TINY = [
@@ -104,9 +106,10 @@ def test_mistakes_write_nothing(tmp_path, capsys):
         (["train", *run, "--train.step", "3"], "--train.step"),
         (["train", *run, "--train.steps", "x"], "--train.steps: got 'x'"),
         (["train", *run, "--train.steps", "0"], "train.steps: got 0"),
+        (["train", *run], "--config: a new run needs one"),
         (["train", *run, "--data.name", "mnist"], "mnist"),
         (["train", *run, "--data.name", "cifar10", "--data.path", str(tmp_path / "no")], "no"),
-        (["train", *run, "--device", "cuda:77"], "cuda:77"),
+        (["train", *run, *TINY, "--device", "cuda:77"], "cuda:77"),
         (["train", *run, "--config", "nonsense"], "a preset"),
         (["train", *run, *TINY, "--train.macs_max", "10"], "train.macs: no architecture has at most 10"),
         (["train", *run, *TINY, "--seed", "one"], "--seed"),
@@ -155,6 +158,22 @@ def test_damaged_checkpoints_are_named(tmp_path, capsys):
     _refused(capsys, ["search", *other, *TINY, *SEARCH, "--search.supernet", str(path)], "not a readable checkpoint")
     _refused(capsys, ["search", *other, *TINY, *SEARCH, "--search.supernet", str(tmp_path / "no.pt")], "no.pt")
     assert not (tmp_path / "other").exists()
+
+
+def test_those_who_have_the_published_checkpoint_search_at_once(tmp_path, capsys):
+    """No training: a checkpoint in the published form goes into the search, and what was found can be retrained."""
+    space = spaces.ShuffleNetV2(
+        input_size=8, in_channels=1, num_classes=10, stem_channels=8, stem_stride=1, stage_channels=(16, 32),
+        stage_repeats=(2, 2), stage_strides=(1, 2), head_channels=32,
+    )  # fmt: skip
+    weights = {f"module.{name}": value for name, value in space.supernet().state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "checkpoint-150000.pth.tar")
+    run = ["--folder", str(tmp_path / "run"), "--threads", "1", "--no-tensorboard"]
+    published = ["--search.supernet", str(tmp_path / "checkpoint-150000.pth.tar")]
+    assert main(["search", *run, *TINY[3:], *SEARCH, *published]) == 0
+    assert main(["retrain", *run, *RETRAIN, "--arch", "best", "--retrain.init", "inherited"]) == 0
+    assert (tmp_path / "run" / "retrain" / "random_search" / "result.json").exists()
+    assert not (tmp_path / "run" / "supernet").exists()
 
 
 def test_ctrl_c_ends_in_one_line_and_the_run_goes_on(tmp_path):

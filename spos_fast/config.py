@@ -72,6 +72,7 @@ class SpaceConfig:
         stage_strides: stride of the first block of every stage.
         head_channels: channels of the last convolution.
         dropout: probability before the classifier.
+        init: initial weights: published, or pytorch (better for short schedules).
     """
 
     name: str = "shufflenet_v2"
@@ -82,6 +83,7 @@ class SpaceConfig:
     stage_strides: tuple[int, ...] = (2, 2, 2, 2)
     head_channels: int = 1024
     dropout: float = 0.1
+    init: str = "published"
 
     def make(self, *, input_size: int, in_channels: int, num_classes: int) -> Space:
         """The space for images of one data set."""

@@ -75,6 +75,9 @@ class ShuffleNetV2(Space):
         stage_strides: 1 or 2 for every stage.
         head_channels: output channels of the last 1x1 convolution.
         dropout: probability of dropout before the classifier.
+        init: ``"published"`` for the published code's initial weights, or ``"pytorch"`` for PyTorch's. The published
+            depthwise kernels start with a deviation of 1 whatever their size, which normalisation hides but which slows
+            the large ones down: for schedules of a few passes over the data PyTorch's are better by points.
 
     Raises:
         InputError: sizes that give no network.
@@ -95,6 +98,7 @@ class ShuffleNetV2(Space):
         stage_strides: Sequence[int] = (2, 2, 2, 2),
         head_channels: int = 1024,
         dropout: float = 0.1,
+        init: str = "published",
     ) -> None:
         self._config: dict[str, Any] = dict(
             input_size=input_size,
@@ -107,6 +111,7 @@ class ShuffleNetV2(Space):
             stage_strides=tuple(stage_strides),
             head_channels=head_channels,
             dropout=dropout,
+            init=init,
         )
         self._check_config()
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
@@ -134,7 +139,8 @@ class ShuffleNetV2(Space):
             check=self.architecture,
             build=self.build,
         )
-        _initialize(net)
+        if self._config["init"] == "published":
+            _initialize_as_published(net)
         return net
 
     def build(self, arch: Architecture) -> Network:
@@ -147,7 +153,8 @@ class ShuffleNetV2(Space):
         first_conv, conv_last, classifier = self._ends(affine=True)
         features = [block.module(gene, affine=True) for block, gene in zip(self._blocks, genes, strict=True)]
         net = Network(first_conv, features, conv_last, classifier, self._config["dropout"])
-        _initialize(net)
+        if self._config["init"] == "published":
+            _initialize_as_published(net)
         return net
 
     def _ends(self, affine: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -200,6 +207,8 @@ class ShuffleNetV2(Space):
             raise InputError(f"stem_stride: got {config['stem_stride']!r}; expected 1 or 2")
         if not 0 <= config["dropout"] < 1:
             raise InputError(f"dropout: got {config['dropout']!r}; expected 0 <= dropout < 1")
+        if config["init"] not in ("published", "pytorch"):
+            raise InputError(f"init: got {config['init']!r}; expected published or pytorch")
         stages = len(config["stage_channels"])
         if stages == 0:
             raise InputError("stage_channels: got none; expected at least one stage")
@@ -219,7 +228,7 @@ class ShuffleNetV2(Space):
                 raise InputError(f"stage_strides: got {stride!r}; expected 1 or 2")
 
 
-def _initialize(net: nn.Module) -> None:
+def _initialize_as_published(net: nn.Module) -> None:
     """The published code's initialisation: a normal with standard deviation 1 / input channels of a convolution's
     weight (0.01 in the stem and in the classifier), and 1e-4 as shift of batch normalisation.
     """

@@ -144,6 +144,7 @@ def test_the_network_refuses_a_foreign_architecture(tiny_space):
         (dict(stage_strides=(2, 2, 3, 2)), "stage_strides"),
         (dict(stem_stride=4), "stem_stride"),
         (dict(dropout=1.0), "dropout"),
+        (dict(init="zeros"), "init"),
         (dict(num_classes=2.5), "num_classes"),
     ],
 )
@@ -151,6 +152,21 @@ def test_sizes_that_make_no_network_are_refused(sizes, says):
     """The message names the keyword."""
     with pytest.raises(InputError, match=says):
         ShuffleNetV2(**sizes)
+
+
+def test_initial_weights():
+    """As the published code draws them by default; PyTorch's own on request."""
+    torch.manual_seed(0)
+    net = ShuffleNetV2(input_size=32).build(ShuffleNetV2().everywhere(2))
+    pointwise, depthwise = net.features[5].branch_main[0], net.features[5].branch_main[3]
+    assert net.first_conv[0].weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert pointwise.weight.std().item() == pytest.approx(1 / 80, rel=0.05)
+    assert depthwise.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    assert net.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert net.conv_last[1].bias.unique().tolist() == [pytest.approx(1e-4)]
+    net = ShuffleNetV2(input_size=32, init="pytorch").build(ShuffleNetV2().everywhere(2))
+    # Uniform within 1 / sqrt(49).
+    assert net.features[5].branch_main[3].weight.abs().max().item() == pytest.approx(1 / 7, rel=0.01)
 
 
 def test_config_rebuilds_the_space(tiny_space):

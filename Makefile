@@ -42,7 +42,7 @@ $(VENV)/.torch:
 # What the build needs comes first: without build isolation pip does not fetch it.
 $(VENV)/.built: $(VENV)/.torch $(NATIVE)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 cmake ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
 	@$(BIN)/python -c 'from spos_fast import native; print("spos_fast:", native.build_info()["summary"])'
 	@touch $@
 

@@ -78,9 +78,9 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    config = resolve(options.folder, given)
     if not given.get("data") and not (options.folder / "config.json").exists():
         raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
-    config = resolve(options.folder, given)
     # Everything that can be refused is refused before a folder is made.
     source = config.data.load()
     space = pipeline.make_space(config, source)

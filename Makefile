@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc kernels -type f -not -name '*.pyc')
+NATIVE := constraints.txt CMakeLists.txt setup.py pyproject.toml $(shell find csrc kernels -type f -not -name '*.pyc')
 FORMATTED := $(shell find csrc kernels/cuda tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint build format clean
@@ -41,8 +41,8 @@ $(VENV)/.torch:
 
 # What the build needs comes first: without build isolation pip does not fetch it.
 $(VENV)/.built: $(VENV)/.torch $(NATIVE)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 cmake ninja
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel pybind11 cmake ninja
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
 	@$(BIN)/python -c 'from spos_fast import native; print("spos_fast:", native.build_info()["summary"])'
 	@touch $@
 

@@ -64,8 +64,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # torch raises many types for a damaged or foreign file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        raise CheckpointError(f"{path}: truncated or not a checkpoint of spos_fast ({first})") from None
+        kind = type(error).__name__
+        raise CheckpointError(f"{path}: truncated or not a checkpoint of spos_fast ({kind})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of spos_fast")
     if content.get("version") != _VERSION:

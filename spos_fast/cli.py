@@ -74,38 +74,39 @@ def _run(options: argparse.Namespace) -> None:
         print(f"report: {write_report(_existing(options.folder))}")
         return
     preset = read_config(options.config) if options.config else {}
-    given = merged(preset, _flags(options))
+    flags = _flags(options)
     device = _device(options.device)
+    if options.threads < 0:
+        raise InputError(f"--threads: got {options.threads}; expected 0 or more")
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers: got {options.workers}; expected 0 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = resolve(options.folder, given)
-    if not given.get("data") and not (options.folder / "config.json").exists():
+    config = resolve(options.folder, preset, flags)
+    if not merged(preset, flags).get("data") and not (options.folder / "config.json").exists():
         raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
     # Everything that can be refused is refused before a folder is made.
-    source = config.data.load()
+    source = config.data.load(options.workers)
     space = pipeline.make_space(config, source)
     for stage in STAGES_OF[options.command]:
-        _check_constraint(stage, config, space)
+        pipeline.check_settings(stage, config, source, space)
     if options.command in ("search", "retrain"):
         pipeline.require_stage_before(options.command, options.folder, config)
-    if options.command == "search" and config.search.supernet:
-        space.supernet().load_published(config.search.supernet)
+    job = pipeline.Job(options.folder, config, source, space, device, options.workers, not options.no_tensorboard)
+    chosen = _chosen(options, job) if options.command == "retrain" else {}
     with ExitStack() as stack:
         stack.enter_context(distributed.process_group(device))
         if distributed.world_size() > 1 and options.command not in ("train", "retrain"):
             raise InputError(f"{options.command}: runs in one process; start it without torchrun")
         if distributed.rank() == 0:
-            config = stack.enter_context(Run(options.folder, given, STAGES_OF[options.command])).config
-        listener = stack.enter_context(_console())
-        job = pipeline.Job(
-            options.folder, config, source, space, device, options.workers, not options.no_tensorboard, listener
-        )
+            stack.enter_context(Run(options.folder, preset, flags, STAGES_OF[options.command]))
+        listener = job.listener = stack.enter_context(_console())
         if options.command in ("demo", "train"):
             pipeline.train_supernet(job)
         if options.command in ("demo", "search"):
             pipeline.search(job)
         if options.command in ("demo", "retrain"):
-            pipeline.retrain(job, _chosen(options, job))
+            pipeline.retrain(job, chosen or pipeline.baselines(job))
         if distributed.rank() == 0:
             listener.say(f"report: {write_report(options.folder)}")
 
@@ -125,11 +126,11 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
         elif name.endswith(".json"):
             try:
                 text = Path(name).read_text()
-            except OSError as error:
-                raise InputError(f"--arch: {name} could not be read ({error.strerror})") from None
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"--arch: {name} could not be read ({error})") from None
             arch = job.space.architecture(Architecture.from_json(text))
             chosen[f"genes_{arch}"] = arch
-        elif name.replace(",", "").replace("-", "").isdigit():
+        elif name.replace(",", "").replace("-", "").isdecimal():
             arch = job.space.architecture([int(gene) for gene in name.replace("-", ",").split(",") if gene])
             chosen[f"genes_{arch}"] = arch
         else:
@@ -142,27 +143,17 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
     return chosen
 
 
-def _check_constraint(stage: str, config: Any, space: Any) -> None:
-    from spos_fast.sampling import UniformSampler
-
-    if stage in ("train", "search"):
-        try:
-            UniformSampler(space, getattr(config, stage).constraint)
-        except InputError as error:
-            raise InputError(f"{stage}.{error}") from None
-
-
 def _device(name: str) -> Any:
     import torch
 
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(f"--device: {name!r} cannot be used here ({first})") from None
     if device.type == "cuda":
@@ -197,14 +188,16 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         default = Path("runs/demo") if name == "demo" else None
+        begins = (
+            "made if it is not there, gone on with if it is" if name in ("demo", "train") else "of an earlier stage"
+        )
         command.add_argument(
             "--folder",
             type=Path,
             default=default,
             required=default is None,
             metavar="FOLDER",
-            help="run folder; made if it is not there, gone on with if it is"
-            + (f" (default {default})" if default else ""),
+            help=f"run folder, {begins}" + (f" (default {default})" if default else ""),
         )
         if name == "report":
             continue
@@ -225,8 +218,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--seed", metavar="N", help="of every random choice (default 0)")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+        # Networks as small as the demo's gain little from a second thread; with busy cores every barrier waits.
+        threads = 1 if name == "demo" else 0
         command.add_argument(
-            "--threads", type=int, default=0, metavar="N", help="CPU threads (default: PyTorch's choice)"
+            "--threads",
+            type=int,
+            default=threads,
+            metavar="N",
+            help=f"CPU threads; 0: PyTorch's choice (default {threads})",
         )
         command.add_argument(
             "--workers", type=int, metavar="N", help="processes that decode images (default: by the cores)"
@@ -262,6 +261,10 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
             text = getattr(options, f"{section}.{name}")
             if text is not None:
                 values.setdefault(section, {})[name] = parse_flag(f"--{section}.{name}", text, kind)
+    path = values.get("data", {}).get("path")
+    if path:
+        # A run goes on from another working directory too.
+        values["data"]["path"] = str(Path(path).expanduser().resolve())
     return values
 
 

@@ -46,15 +46,23 @@ class DataConfig:
     normalize: str = "imagenet"
     input_size: int = 224
 
-    def load(self) -> DataSource:
-        """The data set.
+    def __post_init__(self) -> None:
+        if self.validation < 0 or (self.validation > 1 and self.validation % 1):
+            raise InputError(
+                f"validation: got {self.validation}; expected a fraction below 1 or a whole number a class"
+            )
+        if self.normalize not in ("imagenet", "published"):
+            raise InputError(f"normalize: got {self.normalize!r}; expected imagenet or published")
+
+    def load(self, workers: int | None = None) -> DataSource:
+        """The data set; ``workers`` processes decode images, None is the data set's own choice.
 
         Raises:
             InputError: unknown name, or data that is missing, incomplete or damaged.
         """
         options: dict[str, Any] = {}
         if self.name == "imagenet":
-            options = {"input_size": self.input_size, "normalize": self.normalize}
+            options = {"input_size": self.input_size, "normalize": self.normalize, "workers": workers}
         per_class = int(self.validation) if self.validation >= 1 else self.validation
         return load(self.name, self.path or None, validation=per_class or None, **options)
 
@@ -262,8 +270,8 @@ def config_from(values: Mapping[str, Any], origin: str) -> Config:
                 raise InputError(f"{name}.{error}") from None
         elif name == "seed":
             parts[name] = _typed("seed", value, int)
-            if parts[name] < 0:
-                raise InputError(f"seed: got {value}; expected 0 or more")
+            if not 0 <= parts[name] < 2**63:
+                raise InputError(f"seed: got {value}; expected 0 or more, below 2**63")
         else:
             raise InputError(f"{origin}: {name} is no setting; there are seed, {', '.join(SECTIONS)}")
     return Config(**parts)

@@ -49,8 +49,16 @@ class Console(Listener):
         if done:
             self.say(f"{stage}: goes on after {done:,} of {total:,}")
         if self._terminal:
-            unit = "arch" if stage in ("evolution", "random_search") else "step"
+            unit = {"evolution": "arch", "random_search": "arch", "calibration": "image", "validation": "image"}.get(
+                stage, "step"
+            )
             self._bar = tqdm(total=total, initial=done, desc=stage, unit=unit, dynamic_ncols=True)
+
+    def decoded(self, part: str, done: int, total: int) -> None:
+        """Show how far the images of a search are read."""
+        if self._stage != part:
+            self.resumed(part, 0, total)
+        self._advance(done, total, "images read")
 
     def metrics(self, stage: str, metrics: Metrics) -> None:
         """Advance the bar of a training stage."""

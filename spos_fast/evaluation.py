@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spos_fast.architecture import Architecture
-from spos_fast.calibration import Mode, recalibrate
+from spos_fast.calibration import MODES, Mode, recalibrate
 from spos_fast.data import Images
 from spos_fast.errors import InputError
 from spos_fast.supernet import Supernet
@@ -62,6 +62,10 @@ class Evaluator:
         for name, images in (("calibration", calibration), ("validation", validation)):
             if len(images) == 0:
                 raise InputError(f"{name}: has no images")
+        if not isinstance(net, Supernet):
+            raise InputError(f"net: got {type(net).__name__}; expected a Supernet (evaluate() takes plain networks)")
+        if mode not in MODES:
+            raise InputError(f"mode: got {mode!r}; expected one of {', '.join(MODES)}")
         if calibration_batch < 2:
             raise InputError(f"calibration_batch: got {calibration_batch}; batch statistics need at least 2 images")
         if batch_size < 1:
@@ -122,6 +126,10 @@ def _score(forward, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:  # type:
     with torch.no_grad():
         for pixels, labels in batches:
             logits = forward(pixels).float()
+            if images == 0 and int(labels.max()) >= logits.shape[1]:
+                raise InputError(
+                    f"labels: there is a class {int(labels.max())}; the network gives {logits.shape[1]} logits"
+                )
             right = (logits.argmax(1) == labels).sum()
             total = functional.cross_entropy(logits, labels, reduction="sum").double()
             clean = logits.isfinite().all()

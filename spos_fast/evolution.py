@@ -94,7 +94,7 @@ def evolve(
         InputError: numbers that make no search, or an infeasible constraint.
     """
     _check_positive(population=population, top_k=top_k)
-    _check_not_negative(generations=generations, crossover=crossover, mutation=mutation)
+    _check_not_negative(generations=generations, crossover=crossover, mutation=mutation, seed=seed)
     if not 0 <= mutation_probability <= 1:
         raise InputError(f"mutation_probability: got {mutation_probability}; expected 0 to 1")
     if crossover + mutation > population:
@@ -135,6 +135,7 @@ def random_search(
     Args and errors as :func:`evolve`; give it the number of candidates that evolution scored for a fair comparison.
     """
     _check_positive(budget=budget, population=population)
+    _check_not_negative(seed=seed)
     fresh = _Fresh(space, constraint, np.random.default_rng([seed, 1]))
     candidates: list[Candidate] = []
     for generation in range(-(-budget // population)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ class Listener:
 
     def resumed(self, stage: str, done: int, total: int) -> None:
         """A stage begins with ``done`` of ``total`` steps or candidates behind it."""
+
+    def decoded(self, part: str, done: int, total: int) -> None:
+        """Images of the calibration or validation set are read."""
 
     def metrics(self, stage: str, metrics: Metrics) -> None:
         """Training goes on."""
@@ -75,6 +80,32 @@ def make_space(config: Config, source: DataSource) -> Space:
     return config.space.make(
         input_size=source.input_size, in_channels=source.in_channels, num_classes=source.num_classes
     )
+
+
+def check_settings(stage: str, config: Config, source: DataSource, space: Space) -> None:
+    """Refuse what a stage could not do, before anything is written.
+
+    Raises:
+        InputError: an infeasible constraint, more calibration images than there are, or a batch that the processes
+            cannot share.
+        CheckpointError: the published supernet does not fit.
+    """
+    try:
+        if stage == "search":
+            UniformSampler(space, config.search.constraint)
+            if config.search.calibration_images > source.train_size:
+                asked = config.search.calibration_images
+                raise InputError(f"calibration_images: got {asked:,}; the training part has {source.train_size:,}")
+        elif stage == "train":
+            UniformSampler(space, config.train.constraint)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if stage in ("train", "retrain") and getattr(config, stage).batch_size % processes:
+            size = getattr(config, stage).batch_size
+            raise InputError(f"batch_size: {size} images cannot be shared out equally to {processes} processes")
+    except InputError as error:
+        raise InputError(f"{stage}.{error}") from None
+    if stage == "search" and config.search.supernet:
+        space.supernet().load_published(config.search.supernet)
 
 
 def train_supernet(job: Job) -> None:
@@ -154,9 +185,12 @@ def search(job: Job) -> dict[str, SearchResult]:
     evaluator = Evaluator(
         net,
         job.source.calibration(
-            min(settings.calibration_images, job.source.train_size), seed=config.seed, device=job.device
+            settings.calibration_images,
+            seed=config.seed,
+            device=job.device,
+            progress=partial(job.listener.decoded, "calibration"),
         ),
-        job.source.validation(device=job.device),
+        job.source.validation(device=job.device, progress=partial(job.listener.decoded, "validation")),
         mode=settings.bn_mode,  # type: ignore[arg-type]
         calibration_batch=settings.calibration_batch,
         batch_size=settings.batch_size,
@@ -240,7 +274,7 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
     settings, stage = job.config.retrain, f"retrain/{label}"
     if (job.folder / stage / "result.json").exists():
         result = read_json(job.folder / stage / "result.json")
-        if result.get("architecture") != list(arch.genes):
+        if not isinstance(result, dict) or result.get("architecture") != list(arch.genes):
             raise CheckpointError(f"{job.folder / stage}: holds another architecture; name another label")
         return result
     torch.manual_seed(job.config.seed)
@@ -301,6 +335,9 @@ class _RecordedScores:
             listener,
             budget,
         )
+        for number, row in enumerate(records.rows, 1):
+            if not isinstance(row, dict) or not {"phase", "genes", "accuracy", "loss", "images"} <= set(row):
+                raise CheckpointError(f"{records.path}: line {number} is no scored candidate; the file is damaged")
         self.known = {tuple(row["genes"]): Score(row["accuracy"], row["loss"], row["images"]) for row in records.rows}
 
     def phase(self, name: str) -> Callable[[Sequence[Architecture]], list[Score]]:
@@ -356,6 +393,9 @@ def _metrics(job: Job, stage: str, steps: int) -> Iterator[tuple[Path | None, An
 
     def on_resume(done: int) -> None:
         nonlocal writer
+        for number, row in enumerate(records.rows, 1):
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise CheckpointError(f"{records.path}: line {number} is no row of metrics; the file is damaged")
         records.keep(sum(row["step"] <= done for row in records.rows))
         job.listener.resumed(stage, done, steps)
         if job.tensorboard and done < steps:

@@ -2,7 +2,7 @@
 
 ::
 
-    config.json                 settings of every stage that has begun
+    config.json                 settings of every stage that was started; given.json: what the user gave for all stages
     supernet/checkpoint.pt      weights, momentum, step; metrics.jsonl beside it
     search/candidates.jsonl     every scored candidate; evolution.json, random_search.json, best.json at the end
     retrain/LABEL/              checkpoint.pt, metrics.jsonl, result.json of one architecture
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -21,7 +22,7 @@ from typing import IO, Any
 
 from spos_fast.checkpoint import TEMPORARY, Records, read_json, write_json
 from spos_fast.config import SECTIONS, Config, config_from, merged, plain
-from spos_fast.errors import InputError
+from spos_fast.errors import CheckpointError, InputError
 
 # What every stage depends on: its own settings and those of the stages before it.
 STAGES = {
@@ -39,12 +40,15 @@ class Run:
         config: settings of the run, stored ones first.
     """
 
-    def __init__(self, path: str | Path, given: Mapping[str, Any], stages: tuple[str, ...]) -> None:
+    def __init__(
+        self, path: str | Path, preset: Mapping[str, Any], flags: Mapping[str, Any], stages: tuple[str, ...]
+    ) -> None:
         """Open a folder, and make it if it is not there.
 
         Args:
             path: the folder.
-            given: nested plain values of the settings that the user gave, see :func:`spos_fast.config.merged`.
+            preset: nested plain values of the settings that the user gave by a preset or a file.
+            flags: the same, given one by one; they lie over the preset.
             stages: stages that are about to run; their settings are stored in the folder.
 
         Raises:
@@ -52,9 +56,10 @@ class Run:
                 that the run was made with. Nothing is written then.
         """
         self.path = Path(path)
-        self.config = resolve(self.path, given)
-        existed = self.path.is_dir()
-        if existed and any(self.path.iterdir()) and not (self.path / "config.json").exists():
+        self.config = resolve(self.path, preset, flags)
+        # Hidden files may be those of a run that was killed while it began.
+        entries = [entry for entry in self.path.iterdir() if entry.name[0] != "."] if self.path.is_dir() else []
+        if entries and not (self.path / "config.json").exists():
             raise InputError(f"folder: {self.path} is not empty and not a run folder; name another")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -70,13 +75,18 @@ class Run:
             raise InputError(f"folder: {self.path} is in use by {owner}; wait for it, or name another folder") from None
         try:
             # Another process may have stored its settings between the first look and the lock.
-            self.config = resolve(self.path, given)
+            self.config = resolve(self.path, preset, flags)
+            _held.add(self._lock)
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._lock.flush()
             for unfinished in self.path.rglob(f".*{TEMPORARY}"):
                 unfinished.unlink()  # of a process that was killed while it wrote
             self._store({part for stage in stages for part in STAGES[stage]})
+            _remember(self.path, preset, flags)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{self.path}: could not be written ({error.strerror or error})") from None
         except BaseException:
             self.close()
             raise
@@ -89,7 +99,9 @@ class Run:
 
     def close(self) -> None:
         """Let other processes work in the folder."""
-        self._lock.close()
+        _held.discard(self._lock)
+        with contextlib.suppress(OSError):  # a full disk: the owner's name was not written
+            self._lock.close()
 
     def records(self, name: str) -> Records:
         """The JSON-lines file of this name in the folder."""
@@ -104,28 +116,88 @@ class Run:
             write_json(path, new)
 
 
-def resolve(path: Path, given: Mapping[str, Any]) -> Config:
-    """Settings of a run: what the folder stores, and what the user gives for the rest.
+# Locks of this process. A forked child (a worker that decodes images) must not hold them: it may outlive its parent.
+_held: set[IO[str]] = set()
+
+
+def _let_go_in_child() -> None:
+    for lock in _held:
+        os.close(lock.fileno())
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def resolve(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> Config:
+    """Settings of a run: those that its results rest on, and for the rest what the user gives now or gave before.
+
+    A part is bound as soon as results rest on it: the supernet's settings by its first checkpoint, the search's by its
+    first candidate, the retraining's by its first checkpoint; seed, data and space by any of them. The data may move.
 
     Raises:
-        InputError: a given setting is wrong or differs from a stored one.
+        InputError: a given setting is wrong, or differs from a bound one.
     """
-    config = config_from(given, "settings")
-    file = Path(path) / "config.json"
-    if not file.exists():
-        return config
-    stored = read_json(file)
-    if not isinstance(stored, dict):
-        raise InputError(f"folder: {file} holds no settings")
-    config = config_from(merged(given, stored), str(file))
-    asked = plain(config_from(merged(stored, given), "settings"))
+    path = Path(path)
+    config_from(merged(preset, flags), "settings")
+    stored, before = _read(path / "config.json"), _read(path / "given.json")
+    bound = {name: stored[name] for name in _bound(path) if name in stored}
+    if isinstance(bound.get("data"), dict):
+        bound["data"] = {key: value for key, value in bound["data"].items() if key != "path"}
+    free = merged(before.get("preset", {}), before.get("flags", {}), preset, flags)
+    config = config_from(
+        merged({k: v for k, v in free.items() if k not in bound}, _data_path(stored, free), bound), "run"
+    )
+    # The preset that the run began with may be named again; its flags then were what made the difference.
+    asked = merged(bound, {} if preset == before.get("preset") else preset, flags)
     for part, value in plain(config).items():
-        if part not in stored or asked[part] == value:
+        if part not in bound or part not in asked:
             continue
-        old, new = (value, asked[part])
-        name = part
-        if isinstance(value, dict):
-            key = next(key for key in value if value[key] != asked[part][key])
-            name, old, new = f"{part}.{key}", value[key], asked[part][key]
-        raise InputError(f"{name}: run {path} was made with {old!r}, not {new!r}; leave it out, or name another run")
+        if not isinstance(value, dict):
+            if asked[part] != value:
+                raise _differs(path, part, value, asked[part])
+            continue
+        wanted = plain(config_from({part: asked[part]}, "settings"))[part]
+        for key in bound[part]:
+            if wanted[key] != value[key]:
+                raise _differs(path, f"{part}.{key}", value[key], wanted[key])
     return config
+
+
+def _data_path(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the data is: as given now or before, else where it was."""
+    path = given.get("data", {}).get("path") or stored.get("data", {}).get("path", "")
+    return {"data": {"path": path}} if path else {}
+
+
+def _differs(path: Path, name: str, old: Any, new: Any) -> InputError:
+    return InputError(f"{name}: run {path} was made with {old!r}, not {new!r}; leave it out, or name another folder")
+
+
+def _bound(path: Path) -> set[str]:
+    """Parts of the settings that results in the folder rest on."""
+    parts: set[str] = set()
+    if (path / "supernet" / "checkpoint.pt").exists():
+        parts |= {*STAGES["train"]}
+    if (path / "search" / "candidates.jsonl").exists():
+        parts |= {*STAGES["search"]}
+    if any(path.glob("retrain/*/checkpoint.pt")):
+        parts |= {*STAGES["retrain"]}
+    return parts
+
+
+def _remember(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Keep what the user gave, for the stages that come later."""
+    before = _read(path / "given.json")
+    now = {"preset": preset or before.get("preset", {}), "flags": merged(before.get("flags", {}), flags)}
+    if now != before:
+        write_json(path / "given.json", now)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"folder: {path} holds no settings")
+    return value

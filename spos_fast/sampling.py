@@ -20,7 +20,7 @@ Range = tuple[float | None, float | None]
 # Beyond this many partial sums (some 36 bytes each) counting would take gigabytes; plain rejection is used then.
 _MAX_STATES = 20_000_000
 # Rejection draws 16 candidates, then 4 times as many each time, until it has drawn this many.
-_FIRST_DRAWS, _MOST_DRAWS_AT_ONCE, _MAX_DRAWS = 16, 65_536, 4_000_000
+_FIRST_DRAWS, _MOST_DRAWS_AT_ONCE, _MAX_DRAWS = 16, 65_536, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Constraint:
             if not isinstance(bounds, tuple) or len(bounds) != 2:
                 raise InputError(f"{name}: got {bounds!r}; expected a pair (least, most), None for an open end")
             low, high = bounds
+            for end in bounds:
+                if end is not None and (not isinstance(end, (int, float)) or end != end):
+                    raise InputError(f"{name}: got {end!r} as an end of the range; expected a number or None")
             if low is not None and high is not None and low > high:
                 raise InputError(
                     f"{name}: the range {low:g} to {high:g} is empty; the first number must be the smaller"
@@ -103,6 +106,8 @@ class UniformSampler:
             self.count = int(self._lattice.count) if self._lattice is not None and not self._rejected else None
         if self._rejected and self._lattice is not None:
             self._check_joint_range(tightest, bounds)
+        if self._rejected:
+            self.sample(np.random.default_rng(0))  # what nothing satisfies is refused now, not in the middle of a run
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """One architecture.

@@ -7,7 +7,7 @@ Parameter names are those of the published SPOS code, so that its checkpoints lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -123,7 +123,10 @@ class Supernet(nn.Module):
             state[name] = _own_tensor(self, source, value)
         plain.load_state_dict(state)
         reference = next(self.parameters())
-        return plain.to(device=reference.device, dtype=reference.dtype).train(self.training)
+        plain.to(device=reference.device, dtype=reference.dtype)
+        if reference.dim() == 4 and not reference.is_contiguous():
+            plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return plain.train(self.training)
 
     def load_published(self, path: str | Path) -> None:
         """Load the published SPOS supernet checkpoint, tensors only.
@@ -139,7 +142,7 @@ class Supernet(nn.Module):
         except FileNotFoundError:
             raise CheckpointError(f"{path}: there is no such checkpoint") from None
         except Exception as error:  # torch raises many types for a damaged or foreign file
-            raise CheckpointError(f"{path}: not a readable checkpoint of tensors ({_first_line(error)})") from None
+            raise CheckpointError(f"{path}: not a readable checkpoint of tensors ({type(error).__name__})") from None
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -165,13 +168,6 @@ class Supernet(nn.Module):
         self.load_state_dict(given, strict=False)
 
 
-def path_parameters(net: nn.Module, arch: Architecture | None) -> Iterator[nn.Parameter]:
-    """Parameters that a step touches: those of the path of a supernet, or all of a plain network."""
-    modules = net.path(arch) if isinstance(net, Supernet) and arch is not None else [net]
-    for module in modules:
-        yield from module.parameters()
-
-
 def _own_tensor(net: nn.Module, name: str, default: Tensor) -> Tensor:
     """A parameter or buffer of ``net``; the supernet's non-affine normalisation has no scale (1) and no shift (0)."""
     owner, _, leaf = name.rpartition(".")
@@ -179,7 +175,3 @@ def _own_tensor(net: nn.Module, name: str, default: Tensor) -> Tensor:
     if value is None:
         return torch.ones_like(default) if leaf == "weight" else torch.zeros_like(default)
     return value.detach().clone()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -70,8 +70,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name}: got {value}; expected 0 or more")
-        if self.label_smoothing >= 1:
-            raise InputError(f"label_smoothing: got {self.label_smoothing}; expected less than 1")
+        for name in ("momentum", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{name}: got {getattr(self, name)}; expected less than 1")
         if self.amp not in ("off", *_AMP_TYPES):
             raise InputError(f"amp: got {self.amp!r}; expected off, bf16 or fp16")
 
@@ -139,8 +140,10 @@ def train(
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    state = _State(net, optimizer, scaler, {"seed": seed, "full": full, **(identity or {})})
+    recipe = {name: value for name, value in asdict(config).items() if name not in ("log_every", "checkpoint_seconds")}
+    state = _State(net, optimizer, scaler, {"seed": seed, "full": full, **recipe, **(identity or {})})
     start = state.load(checkpoint) if checkpoint is not None else 0
+    _check_same_start(start, device)
     if on_resume is not None:
         on_resume(start)
     if start >= config.steps:
@@ -170,7 +173,7 @@ def train(
                 group["lr"] = lr
             # Dropout draws from torch's global generator.
             torch.manual_seed(_mix(seed, step, distributed.rank()))
-            loss, logits = _step(run, arch, images, labels, optimizer, scaler, config)
+            loss, logits = _step(run, arch, images, labels, optimizer, scaler, config, source.num_classes)
             window.add(loss, logits, labels)
             done = step + 1
             if done % config.log_every and done < config.steps:
@@ -192,10 +195,13 @@ def _step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
+    classes: int,
 ) -> tuple[Tensor, Tensor]:
     enabled = config.amp != "off"
     with torch.autocast(images.device.type, _AMP_TYPES.get(config.amp, torch.bfloat16), enabled=enabled):
         logits = run(images) if arch is None else run(images, arch)
+        if logits.shape[1] != classes:
+            raise InputError(f"net: gives {logits.shape[1]} logits; the data has {classes} classes")
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
     # Gradients are None, not zero, off the path: SGD then skips those parameters altogether.
     optimizer.zero_grad(set_to_none=True)
@@ -214,6 +220,17 @@ def _optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     others = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum)
+
+
+def _check_same_start(start: int, device: torch.device) -> None:
+    """All ranks must have read the same checkpoint."""
+    if distributed.world_size() == 1:
+        return
+    ends = torch.tensor([start, -start], device=device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    most, least = int(ends[0]), -int(ends[1])
+    if most != least:
+        raise CheckpointError(f"checkpoint: one process is at step {most}, another at {least}; share the folder")
 
 
 def _parallel(net: nn.Module, device: torch.device) -> nn.Module:
@@ -300,6 +317,9 @@ class _State:
         if not Path(path).exists():
             return 0
         content = load_checkpoint(path)
+        for key in ("step", "identity", "model", "optimizer", "scaler"):
+            if key not in content:
+                raise CheckpointError(f"{path}: not a checkpoint of training ({key} is missing)")
         for key, value in self.identity.items():
             if content.get("identity", {}).get(key) != value:
                 other = content.get("identity", {}).get(key)

@@ -115,6 +115,15 @@ def test_mistakes_write_nothing(tmp_path, capsys):
         (["train", *run, *TINY, "--seed", "one"], "--seed"),
         (["demo", *run, *TINY, "--search.params_min", "1e9"], "search.params"),
         (["report", *run], "not a run folder"),
+        (["train", *run, *TINY[2:], "--threads", "-1"], "--threads"),
+        (["train", *run, *TINY, "--workers", "-1"], "--workers"),
+        (["train", *run, *TINY, "--device", "meta"], "meta"),
+        (["train", *run, *TINY, "--seed", "99999999999999999999"], "seed"),
+        (["train", *run, *TINY, "--data.normalize", "foo"], "data.normalize"),
+        (["train", *run, *TINY, "--data.validation", "1.5"], "data.validation"),
+        (["demo", *run, *TINY, "--search.macs_max", "nan"], "macs"),
+        (["demo", *run, *TINY, "--search.calibration_images", "5000"], "search.calibration_images: got 5,000"),
+        (["demo", *run, *TINY, *SEARCH, "--search.supernet", "absent.pt"], "absent.pt"),
     ):
         _refused(capsys, arguments, says)
         assert not (tmp_path / "run").exists(), arguments
@@ -132,6 +141,7 @@ def test_architectures_on_the_command_line(finished, tmp_path, capsys):
     """Names, genes and files that are none are refused with what would be right."""
     (tmp_path / "other.json").write_text('{"space": "resnet", "genes": [0, 0, 0, 0]}')
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     base = ["retrain", "--folder", str(finished), "--no-tensorboard"]
     for arch, says in (
         ("best_of_all", "all_xception"),
@@ -139,6 +149,8 @@ def test_architectures_on_the_command_line(finished, tmp_path, capsys):
         ("0,1,2,9", "gene 3 is 9"),
         (str(tmp_path / "other.json"), "resnet"),
         (str(tmp_path / "broken.json"), "JSON"),
+        (str(tmp_path / "binary.json"), "binary.json"),
+        ("\u00b2", "all_xception"),
         (str(tmp_path / "absent.json"), "absent.json"),
     ):
         _refused(capsys, [*base, "--arch", arch], says)

@@ -32,27 +32,29 @@ PROGRAM = textwrap.dedent("""
         Supernet.forward = lambda self, x, arch: (paths.append(arch.genes), seen(self, x, arch))[1]
         rows = []
         train(net, data.load("digits"), TrainConfig(steps=6, batch_size=32, lr=0.02, log_every=2),
-              sampler=UniformSampler(space) if supernet else None, seed=5, on_metrics=rows.append)
+              sampler=UniformSampler(space) if supernet else None, seed=5, on_metrics=rows.append,
+              checkpoint=f"{sys.argv[3]}/{distributed.rank()}/checkpoint.pt" if len(sys.argv) > 3 else None)
         untouched = [name for name, p in net.named_parameters() if p.grad is None]
         torch.save({"model": net.state_dict(), "paths": paths, "untouched": untouched,
                     "rows": [(row.loss, row.accuracy) for row in rows]}, f"{sys.argv[1]}/{distributed.rank()}.pt")
 """)
 
 
-def _run(folder, kind, processes):
+def _run(folder, kind, processes, *checkpoints):
     folder.mkdir()
     (folder / "program.py").write_text(PROGRAM)
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*launch, str(folder / "program.py"), str(folder), kind],
+        [*launch, str(folder / "program.py"), str(folder), kind, *checkpoints],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
@@ -70,6 +72,13 @@ def test_two_ranks_of_half_a_batch_are_one_rank_of_the_whole(tmp_path, kind):
         torch.testing.assert_close(first["model"][name], value, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(first["rows"]), torch.tensor(one["rows"]), rtol=1e-5, atol=1e-6)
     assert second["rows"] == []
+
+
+def test_ranks_that_read_different_checkpoints_are_refused(tmp_path):
+    """Hosts that do not share the run folder: an error on resuming, not a silent mixture of steps."""
+    _run(tmp_path / "one", "supernet", 1, str(tmp_path / "apart"))
+    with pytest.raises(RuntimeError, match="one process is at step 6, another at 0; share the folder"):
+        _run(tmp_path / "two", "supernet", 2, str(tmp_path / "apart"))
 
 
 def test_the_command_line_under_torchrun(tmp_path):

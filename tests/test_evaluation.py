@@ -89,6 +89,8 @@ def test_empty_sets_and_silly_batches_are_refused(tiny_space, digits):
         ((net, images, empty), {}, "validation"),
         ((net, images, images), {"calibration_batch": 1}, "calibration_batch"),
         ((net, images, images), {"batch_size": 0}, "batch_size"),
+        ((net, images, images), {"mode": "mean"}, "mode"),
+        ((tiny_space.build(tiny_space.everywhere(0)), images, images), {}, "Supernet"),
     ):
         with pytest.raises(InputError, match=says):
             Evaluator(*arguments, **options)

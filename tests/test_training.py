@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spos_fast import CheckpointError, InputError, Metrics, TrainConfig, UniformSampler, data, evaluate, train
+from spos_fast.spaces import ShuffleNetV2
 from spos_fast.training import _mix
 
 
@@ -95,6 +96,9 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_space, digits, tmp_path)
     config = TrainConfig(steps=20, batch_size=32)
     net = tiny_space.supernet()
     sampler = UniformSampler(tiny_space)
+    with pytest.raises(CheckpointError, match="steps = 12"):
+        train(net, digits, config, sampler=sampler, seed=5, checkpoint=path)
+    config = TrainConfig(steps=12, batch_size=32)
     with pytest.raises(CheckpointError, match="seed = 5"):
         train(net, digits, config, sampler=sampler, seed=6, checkpoint=path)
     with pytest.raises(CheckpointError, match="another network"):
@@ -129,6 +133,17 @@ def test_settings_out_of_range_are_refused(options, says):
     """Named, with the value."""
     with pytest.raises(InputError, match=says):
         TrainConfig(**options)
+
+
+def test_a_network_for_other_classes_is_refused(digits):
+    """A classifier of another size than the data."""
+    space = ShuffleNetV2(input_size=8, in_channels=1, num_classes=5, stem_stride=1, stage_channels=(32,),
+                         stage_repeats=(1,), stage_strides=(2,), head_channels=16)  # fmt: skip
+    network = space.build(space.everywhere(0))
+    with pytest.raises(InputError, match=r"5 logits.*10 classes"):
+        train(network, digits, TrainConfig(steps=1))
+    with pytest.raises(InputError, match="5 logits"):
+        evaluate(network, digits.test_batches(100))
 
 
 def test_a_supernet_needs_a_sampler(tiny_space, digits):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from spos_fast import distributed
 from spos_fast.evaluation import Score
-from spos_fast.pipeline import Listener
+from spos_fast.recording import Listener
 from spos_fast.training import Metrics
 
 # Seconds between two lines when the output is no terminal.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,33 +21,15 @@ from spos_fast.checkpoint import Records, load_checkpoint, read_json, write_json
 from spos_fast.config import Config, RetrainConfig, SupernetConfig
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
-from spos_fast.evaluation import Evaluator, Score, evaluate
+from spos_fast.evaluation import Evaluator, evaluate
 from spos_fast.evolution import SearchResult, evolve, random_search
+from spos_fast.recording import Listener, RecordedScores
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
 
 PHASES = ("evolution", "random_search")
-
-
-class Listener:
-    """Hears what a stage does; the command line draws progress from it. Every method may be overridden."""
-
-    def resumed(self, stage: str, done: int, total: int) -> None:
-        """A stage begins with ``done`` of ``total`` steps or candidates behind it."""
-
-    def decoded(self, part: str, done: int, total: int) -> None:
-        """Images of the calibration or validation set are read."""
-
-    def metrics(self, stage: str, metrics: Metrics) -> None:
-        """Training goes on."""
-
-    def candidate(self, phase: str, number: int, total: int, score: Score, best: Score) -> None:
-        """Candidate ``number`` of at most ``total`` is scored."""
-
-    def retrained(self, label: str, result: dict[str, Any]) -> None:
-        """An architecture is retrained and tested."""
 
 
 @dataclass
@@ -198,7 +180,7 @@ def search(job: Job) -> dict[str, SearchResult]:
     folder = job.folder / "search"
     records = Records(folder / "candidates.jsonl")
     budget = settings.population * (settings.generations + 1)
-    scores = _RecordedScores(records, evaluator, job.space, job.listener, budget)
+    scores = RecordedScores(records, evaluator, job.space, job.listener, budget)
     results = {}
     results["evolution"] = evolve(
         job.space,
@@ -318,63 +300,6 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
     }
     write_json(job.folder / stage / "result.json", result)
     return result
-
-
-class _RecordedScores:
-    """Scores candidates one by one and records each at once, so that a killed search loses at most one.
-
-    The search is replayed from the start on resuming; candidates that are on record are not scored again. A candidate
-    that two phases meet is scored once.
-    """
-
-    def __init__(self, records: Records, evaluator: Evaluator, space: Space, listener: Listener, budget: int) -> None:
-        self.records, self.evaluator, self.space, self.listener, self.budget = (
-            records,
-            evaluator,
-            space,
-            listener,
-            budget,
-        )
-        for number, row in enumerate(records.rows, 1):
-            if not isinstance(row, dict) or not {"phase", "genes", "accuracy", "loss", "images"} <= set(row):
-                raise CheckpointError(f"{records.path}: line {number} is no scored candidate; the file is damaged")
-        self.known = {tuple(row["genes"]): Score(row["accuracy"], row["loss"], row["images"]) for row in records.rows}
-
-    def phase(self, name: str) -> Callable[[Sequence[Architecture]], list[Score]]:
-        recorded = [row for row in self.records.rows if row["phase"] == name]
-        self.listener.resumed(name, len(recorded), self.budget)
-        scored: list[Score] = []
-
-        def score_all(archs: Sequence[Architecture]) -> list[Score]:
-            return [one(arch) for arch in archs]
-
-        def one(arch: Architecture) -> Score:
-            number = len(scored)
-            if number < len(recorded):
-                if tuple(recorded[number]["genes"]) != arch.genes:
-                    raise CheckpointError(
-                        f"{self.records.path}: candidate {number} of {name} is of another search; use another folder"
-                    )
-                scored.append(self.known[arch.genes])
-                return scored[-1]
-            score = self.known.get(arch.genes) or self.evaluator([arch])[0]
-            self.known[arch.genes] = score
-            cost = self.space.cost(arch)
-            self.records.append(
-                {
-                    "phase": name,
-                    "number": number,
-                    "genes": list(arch.genes),
-                    **dataclasses.asdict(score),
-                    **dataclasses.asdict(cost),
-                }
-            )
-            scored.append(score)
-            best = max(scored, key=lambda s: s.accuracy)
-            self.listener.candidate(name, number + 1, self.budget, score, best)
-            return score
-
-        return score_all
 
 
 @contextmanager

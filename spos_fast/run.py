@@ -122,7 +122,7 @@ _held: set[IO[str]] = set()
 
 def _let_go_in_child() -> None:
     for lock in _held:
-        os.close(lock.fileno())
+        lock.close()
     _held.clear()
 
 

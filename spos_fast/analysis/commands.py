@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from spos_fast.analysis.run_data import RunData
-from spos_fast.config import SECTIONS, documented_fields, plain
+from spos_fast.config import SECTIONS, DataConfig, documented_fields, plain
 
 
 def stage_command(data: RunData, stage: str) -> str:
@@ -26,6 +26,8 @@ def again_commands(data: RunData) -> list[str]:
         words = ["spos-fast", stage, "--folder", "runs/again"]
         if number == 0:
             words += ["--seed", str(data.config.seed)]
+            if data.config.data.name == DataConfig().name:
+                words += ["--data.name", data.config.data.name]  # a new run must name its data, the default too
         for section in sections:
             words += _flags(data, section)
         if stage == "retrain":

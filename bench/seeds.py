@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--data.path", dest="data", required=True, help="folder or archive of the data set")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="where runs go (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=3, help="seeds at a time, one thread each (default %(default)s)")
     options = parser.parse_args()
     folders = [options.folder / f"seed_{seed}" for seed in options.seeds]
     options.folder.mkdir(parents=True, exist_ok=True)

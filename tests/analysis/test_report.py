@@ -318,4 +318,4 @@ def test_a_published_supernet_needs_no_training(make_run: MakeRun) -> None:
     text = read(run)
     assert "published supernet <code>/models/&lt;published&gt;.pth</code>" in text
     (command,) = again_commands(read_run(run))
-    assert command.startswith("spos-fast search --folder runs/again --seed 3 --space.stem_stride 1")
+    assert command.startswith("spos-fast search --folder runs/again --seed 3 --data.name digits --space.stem_stride 1")

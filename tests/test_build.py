@@ -101,3 +101,17 @@ def test_native_code_is_formatted() -> None:
     assert sources
     result = subprocess.run([tool, "--dry-run", "-Werror", *sources], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_wheels_hold_every_data_file():
+    """Presets and style sheets are package data: what is missing from the patterns is missing from an installed wheel."""
+    text = (ROOT / "pyproject.toml").read_text()
+    patterns = re.findall(r'"([^"]+)"', text.split('"*" = [')[1].split("]")[0])
+    package = ROOT / "spos_fast"
+    folders = {path.parent for path in package.rglob("__init__.py")}
+    for path in package.rglob("*"):
+        if path.suffix not in (".toml", ".css", ".html", ".json"):
+            continue
+        covered = [path.relative_to(folder) for folder in folders if folder in path.parents]
+        assert any(name.match(pattern) and len(name.parts) == pattern.count("/") + 1
+                   for name in covered for pattern in patterns) or "_generated_build" in path.parts, path  # fmt: skip

@@ -104,7 +104,7 @@ def test_native_code_is_formatted() -> None:
 
 
 def test_wheels_hold_every_data_file():
-    """Presets and style sheets are package data: what is missing from the patterns is missing from an installed wheel."""
+    """Presets and style sheets are package data: what no pattern names is missing from an installed wheel."""
     text = (ROOT / "pyproject.toml").read_text()
     patterns = re.findall(r'"([^"]+)"', text.split('"*" = [')[1].split("]")[0])
     package = ROOT / "spos_fast"

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Tiny networks: a second OpenMP thread gains little on idle cores and loses minutes on busy ones. Set before torch is
+# imported; processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

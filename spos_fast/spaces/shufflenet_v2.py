@@ -76,8 +76,8 @@ class ShuffleNetV2(Space):
         head_channels: output channels of the last 1x1 convolution.
         dropout: probability of dropout before the classifier.
         init: ``"published"`` for the published code's initial weights, or ``"pytorch"`` for PyTorch's. The published
-            depthwise kernels start with a deviation of 1 whatever their size, which normalisation hides but which slows
-            the large ones down: for schedules of a few passes over the data PyTorch's are better by points.
+            depthwise kernels start with a deviation of 1 whatever their size, which normalisation hides but which
+            probably slows the large ones down: in schedules of a few passes over CIFAR-10 PyTorch's were better by points.
 
     Raises:
         InputError: sizes that give no network.

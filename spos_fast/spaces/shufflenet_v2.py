@@ -77,7 +77,7 @@ class ShuffleNetV2(Space):
         dropout: probability of dropout before the classifier.
         init: ``"published"`` for the published code's initial weights, or ``"pytorch"`` for PyTorch's. The published
             depthwise kernels start with a deviation of 1 whatever their size, which normalisation hides but which
-            probably slows the large ones down: in schedules of a few passes over CIFAR-10 PyTorch's were better by points.
+            probably slows the large ones: in schedules of a few passes over CIFAR-10 PyTorch's were better by points.
 
     Raises:
         InputError: sizes that give no network.

@@ -21,7 +21,7 @@ test: build
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy spos_fast
+	$(BIN)/mypy spos_fast bench
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: build

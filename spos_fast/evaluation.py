@@ -37,7 +37,8 @@ class Evaluator:
     The same architecture gives the same score, bit for bit on the CPU, whatever was scored before.
 
     Args:
-        net: a trained supernet. Only the statistics of its normalisation layers are written to.
+        net: a trained supernet. Only the statistics of its normalisation layers are written to; its weights are laid
+            out as channels_last, with the same values.
         calibration: images for the statistics, from the training part.
         validation: images for the accuracy, split off the training part; never the test set.
         mode: how statistics are averaged, see :func:`spos_fast.recalibrate`.
@@ -70,6 +71,8 @@ class Evaluator:
             raise InputError(f"calibration_batch: got {calibration_batch}; batch statistics need at least 2 images")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}; expected a positive number")
+        # A third less time than NCHW (bench: scoring candidates).
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.mode = net, mode
         self.calibration, self.validation = calibration, validation
         self.calibration_batch, self.batch_size = calibration_batch, batch_size

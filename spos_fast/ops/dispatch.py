@@ -33,7 +33,24 @@ class Choice:
     fallback: bool = False  # the reference, though nobody asked for it
 
 
-_choices: dict[str, dict[str, Choice]] = {}
+@dataclass(frozen=True)
+class Op:
+    """An op with every implementation that it has, whichever of them was chosen.
+
+    Attributes:
+        overload: what ``torch.ops.spos_fast`` calls.
+        reference: the definition in plain PyTorch.
+        triton: the Triton kernel's launcher; None if there is none.
+        choices: which kernel serves which device type.
+    """
+
+    overload: Any
+    reference: Kernel
+    triton: Kernel | None
+    choices: dict[str, Choice]
+
+
+OPS: dict[str, Op] = {}  # by name
 _warned: set[str] = set()
 
 
@@ -51,14 +68,15 @@ def define_op(schema: str, *, reference: Kernel, fake: Kernel, triton: str | Non
     LIBRARY.define(schema)
     torch.library.register_fake(f"spos_fast::{name}", fake, lib=LIBRARY)
     choices = {device: _choose(name, device, triton) for device in DEVICES}
-    _choices[name] = choices
+    launcher = _late(triton) if triton is not None else None
     for device, choice in choices.items():
         if choice.kernel == "triton":
-            assert triton is not None
-            LIBRARY.impl(name, _late(triton), DEVICES[device])
+            LIBRARY.impl(name, launcher, DEVICES[device])
     # Serves every device without a kernel of its own. Not Implicit: autograd is the op's own.
     LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
-    return getattr(torch.ops.spos_fast, name).default
+    overload = getattr(torch.ops.spos_fast, name).default
+    OPS[name] = Op(overload, reference, launcher, choices)
+    return overload
 
 
 def _choose(name: str, device: str, triton: str | None) -> Choice:
@@ -108,7 +126,7 @@ def _announced(name: str, reference: Kernel) -> Kernel:
 
     def run(*args: Any) -> Any:
         device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
-        choice = _choices[name].get(device, Choice("reference", f"no kernel for {device} devices", fallback=True))
+        choice = OPS[name].choices.get(device, Choice("reference", f"no kernel for {device} devices", fallback=True))
         if choice.fallback:
             _announce(name, device, choice)
         return reference(*args)
@@ -130,8 +148,8 @@ def _announce(name: str, device: str, choice: Choice) -> None:
 def explain() -> str:
     """A table of which kernel runs each op on each device and why, under a line on what was built."""
     rows = [("op", "device", "kernel", "why")]
-    for name, choices in sorted(_choices.items()):
-        for device, choice in choices.items():
+    for name, op in sorted(OPS.items()):
+        for device, choice in op.choices.items():
             reason = choice.reason
             if device == "cuda" and choice.kernel == "native":
                 reason += f" for {native.build_info()['cuda']['architectures']}"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -275,7 +276,9 @@ print(ops.explain())
 def test_backends(backend: str) -> None:
     """SPOS_FAST_BACKEND picks the kernel, every choice computes the same, and explain() says which it is."""
     if backend == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
+        triton = pytest.importorskip("triton", reason="triton is not installed")
+        if numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0" and triton.__version__ < "3.9":
+            pytest.skip(f"the interpreter of triton {triton.__version__} cannot loop with numpy {numpy.__version__}")
     result = run_python(CHECK, SPOS_FAST_BACKEND=backend, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     row = next(line for line in result.stdout.splitlines() if line.startswith("bn_moments  cpu"))

@@ -1,0 +1,1 @@
+"""The cases, one file a family. Each file has ``cases(device) -> list[Case]``."""

@@ -1,0 +1,159 @@
+"""Timing: contenders in turn, A B A B, in one process; medians; roofs of this machine from the same run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+
+def interleaved(
+    runs: Mapping[str, Run], device: torch.device, *, seconds: float = 1.0, least: int = 7, most: int = 60
+) -> dict[str, list[float]]:
+    """Seconds of one run of each contender, once a round, all contenders in every round, the order turned each time.
+
+    On the CPU a sample is as many runs as take a millisecond. On a GPU it is one run between two events, after the L2
+    cache was overwritten, as its inputs would come from memory in a network.
+
+    Args:
+        runs: what to time, by name; each was built and run once before.
+        device: where they run.
+        seconds: for all contenders together.
+        least, most: rounds.
+    """
+    clock = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    names = list(runs)
+    repeats = {name: _repeats(runs[name], device) for name in names}
+    for name in names:  # caches, clocks and lazily made buffers settle
+        if repeats[name] > 1 or device.type == "cuda":
+            clock(runs[name], repeats[name])
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for number in range(most):
+            if number >= least and time.perf_counter() - started > seconds:
+                break
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                samples[name].append(clock(runs[name], repeats[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _repeats(run: Run, device: torch.device) -> int:
+    if device.type == "cuda":
+        return 1
+    took = _cpu_sample(run, 1)
+    return max(1, min(10_000, int(1e-3 / max(took, 1e-9))))
+
+
+def _cpu_sample(run: Run, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def _cuda_sampler(device: torch.device) -> Callable[[Run, int], float]:
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    scratch = torch.empty(max(size, 1 << 24), dtype=torch.int8, device=device)
+
+    def sample(run: Run, repeats: int) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        scratch.zero_()
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e-3
+
+    return sample
+
+
+class OtherWork:
+    """How much of the processors other processes take while this one measures."""
+
+    def __init__(self) -> None:
+        self._wall, self._all, self._own = time.monotonic(), *_processor_seconds()
+
+    def share(self) -> float | None:
+        """Since the start, in cores: 1.0 is one core busy with something else; None where the system does not tell."""
+        everyone, own = _processor_seconds()
+        if everyone is None or self._all is None:
+            return None
+        return max(0.0, (everyone - self._all) - (own - self._own)) / max(time.monotonic() - self._wall, 1e-3)
+
+
+def _processor_seconds() -> tuple[float | None, float]:
+    """Busy seconds of all processors and of this process with its ended children."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, interrupts, soft, *_ = map(int, file.readline().split()[1:])
+        everyone = (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        everyone = None
+    return everyone, sum(os.times()[:4])
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and the 20 % and 80 % quantiles."""
+    ordered = sorted(samples)
+    return {
+        "median": statistics.median(ordered),
+        "p20": ordered[int(0.2 * (len(ordered) - 1))],
+        "p80": ordered[round(0.8 * (len(ordered) - 1))],
+        "samples": len(ordered),
+    }
+
+
+def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """How many times faster ours is: the ratio of every round, so that what slows the machine down hits both."""
+    return spread([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def roofs(device: torch.device) -> dict[str, Any]:
+    """What this machine can do now, the best of several tries.
+
+    ``copy_bytes_per_second``: of a large copy, bytes read and written. ``matrix_flops_per_second``: of a large matrix
+    product, by dtype.
+    """
+    size = (1 << 30) if device.type == "cuda" else (1 << 28)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    copies = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=1.0, least=5)["copy"]
+    result: dict[str, Any] = {"copy_bytes_per_second": 2 * size / min(copies), "matrix_flops_per_second": {}}
+    width, dtypes = (
+        (8192, (torch.float32, torch.float16, torch.bfloat16)) if device.type == "cuda" else (1536, (torch.float32,))
+    )
+    for dtype in dtypes:
+        # Random values: zeros draw less power and run faster than data does.
+        a = torch.randn(width, width, device=device).to(dtype)
+        b = torch.randn(width, width, device=device).to(dtype)
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
+            return a @ b
+
+        times = interleaved({"product": product}, device, seconds=1.0, least=5, most=20)["product"]
+        result["matrix_flops_per_second"][str(dtype).removeprefix("torch.")] = 2 * width**3 / min(times)
+    return result
+
+
+def floor_seconds(bytes_moved: int, flops: int, dtype: str, roof: Mapping[str, Any]) -> tuple[float, str]:
+    """The least time that the roofs allow, and what sets it: ``"bytes"`` or ``"flops"``; (0, "") without either."""
+    rates = roof["matrix_flops_per_second"]
+    by_bytes = bytes_moved / roof["copy_bytes_per_second"]
+    by_flops = flops / rates[dtype] if dtype in rates else 0.0
+    if by_bytes == by_flops == 0:
+        return 0.0, ""
+    return max((by_bytes, "bytes"), (by_flops, "flops"))

@@ -1,0 +1,170 @@
+"""What holds for every op on every device, on the small arguments of samples.py.
+
+On a machine with a GPU the CUDA cases run: CUDA = Triton = CPU = reference, graphs, opcheck, repeatability. Elsewhere
+they are skipped and the CPU cases run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spos_fast import ops  # noqa: F401  defines the ops
+from spos_fast.ops.dispatch import OPS
+from tests.ops.samples import SAMPLES, Arguments, on
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NAMES = sorted(OPS)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device; the GPU only where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return request.param
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The GPU, for what only a GPU has."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return "cuda"
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of an op's result."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def errors(outputs: Any, exact: Any) -> list[float]:
+    """Relative error in the 2-norm of each output; NaN is infinite."""
+    found = []
+    for got, wanted in zip(tensors(outputs), tensors(exact), strict=True):
+        got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
+        assert got.shape == wanted.shape
+        error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        found.append(error if error == error else float("inf"))
+    return found
+
+
+def widened(arguments: Arguments) -> Arguments:
+    """The same values in double."""
+    return tuple(
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
+    )
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Bit for bit, NaN included."""
+    return all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(tensors(a), tensors(b), strict=True)
+    )
+
+
+def test_every_op_has_samples() -> None:
+    """A new op cannot be forgotten here."""
+    assert set(SAMPLES) == set(OPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_agree(name: str, device: str) -> None:
+    """Native, Triton and CPU kernels: error against double at most twice the reference's in the same dtype."""
+    op = OPS[name]
+    for arguments in SAMPLES[name]():
+        exact = op.reference(*widened(arguments))
+        here = on(arguments, device)
+        kernels = {f"chosen ({op.choices[device].kernel})": op.overload}
+        if device == "cuda":
+            assert op.choices["cuda"].kernel != "reference", op.choices["cuda"].reason
+            if op.triton is not None:
+                kernels["triton"] = op.triton
+        allowed = errors(op.reference(*here), exact)
+        for label, kernel in kernels.items():
+            outputs = kernel(*here)
+            # The floor, a few roundings of the output, is for a reference that is right by luck.
+            floor = [4 * torch.finfo(tensor.dtype).eps for tensor in tensors(outputs)]
+            for got, eager, least in zip(errors(outputs, exact), allowed, floor, strict=True):
+                assert got <= max(2 * eager, least), (
+                    label,
+                    [tuple(a.shape) for a in tensors(arguments[0])],
+                    got,
+                    eager,
+                )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_every_time(name: str, device: str, poisoned_memory: None) -> None:
+    """Repeated calls give the same bits, also out of uninitialised memory full of NaN."""
+    for arguments in SAMPLES[name]():
+        here = on(arguments, device)
+        first = OPS[name].overload(*here)
+        assert all(tensor.isfinite().all() for tensor in tensors(first))
+        for _ in range(3):
+            assert identical(OPS[name].overload(*here), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_other_streams(name: str, gpu: str) -> None:
+    """A kernel runs on the current stream: behind the work that makes its inputs, beside other streams' work."""
+    for arguments in SAMPLES[name]():
+        here = on(arguments, gpu)
+        wanted = OPS[name].overload(*here)
+        busy, side = torch.cuda.Stream(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(busy):
+            torch.randn(1 << 22, device=gpu).sort()
+        with torch.cuda.stream(side):
+            late = tuple(v.clone(memory_format=torch.preserve_format) if isinstance(v, Tensor) else v for v in here)
+            got = OPS[name].overload(*late)
+        side.synchronize()
+        assert errors(got, wanted) == pytest.approx([0.0] * len(tensors(got)), abs=1e-6)
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_capture(name: str, gpu: str) -> None:
+    """Captured once, replayed on new values: the bits of a plain call. The Triton kernel too."""
+    kernels = [OPS[name].overload, *([OPS[name].triton] if OPS[name].triton else [])]
+    for arguments in SAMPLES[name]():
+        for kernel in kernels:
+            here = on(arguments, gpu)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                kernel(*here)  # compiles what is compiled at the first call
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = kernel(*here)
+            for value in here:
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    value.mul_(-0.5).add_(1)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert identical(outputs, kernel(*here))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, gpu: str) -> None:
+    """Schema, fake, autograd and AOT dispatch of the CUDA kernel, as torch checks them."""
+    for arguments in SAMPLES[name]():
+        first, *rest = on(arguments, gpu)
+        for grad in (False, True):
+            torch.library.opcheck(OPS[name].overload, (first.detach().requires_grad_(grad), *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_inductor(name: str, gpu: str) -> None:
+    """torch.compile with its own back end takes the op in one graph."""
+    here = on(SAMPLES[name]()[0], gpu)
+    compiled = torch.compile(lambda *arguments: OPS[name].overload(*arguments), fullgraph=True)
+    assert identical(compiled(*here), OPS[name].overload(*here))

@@ -94,7 +94,7 @@ step machine 30 bash -c machine
 step build 180 bash -c build
 # What the cases' verdicts rest on is in here too: bench reads the report instead of running the tests again.
 step tests 150 "$python" -m pytest -p no:cacheprovider --continue-on-collection-errors --junit-xml="$out/tests.xml" -q --durations=5 \
-    tests/ops tests/nn tests/test_gpu.py tests/test_supernet.py tests/test_training.py tests/test_evaluation.py \
+    tests/ops tests/bench/test_registry.py tests/test_gpu.py tests/test_supernet.py tests/test_training.py tests/test_evaluation.py \
     tests/test_calibration.py tests/nasbench/test_cell.py
 [ -s "$out/tests.xml" ] || echo "<testsuites/>" >"$out/tests.xml" # stopped: then no verdict, but times
 step memcheck 60 bash -c "sanitize memcheck"

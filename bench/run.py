@@ -43,7 +43,9 @@ def measure_case(
                 verdict = f"red: {name} differs from ours by {difference:.1e}, more than {case.tolerance:.0e}"
     del outputs
     limits = dict(least=5, most=9) if case.slow else dict(least=9, most=60)
+    watch = measure.OtherWork()
     samples = measure.interleaved(runs, device, seconds=seconds, **limits) if runs else {}
+    other_work = watch.share()
     times = {name: measure.spread(values) for name, values in samples.items()}
     fields = ("name", "op", "shape", "dtype", "bytes", "flops", "items", "unit", "headline", "note")
     floor, bound = measure.floor_seconds(case.bytes, case.flops, case.dtype, roof)
@@ -53,6 +55,7 @@ def measure_case(
         "verdict": verdict,
         "compile_peers": compiled or not case.has_compile_peers,
         "seconds": times,
+        "other_work": other_work,
         "failed": failed,
         "floor_seconds": floor,
         "bound": bound,
@@ -170,9 +173,8 @@ def run(
         if budget is not None and time.monotonic() - started > budget:
             record["left_out"].append(case.name + (", torch.compile" if case.name in done else ""))
             continue
-        watch = measure.OtherWork()
         measured = measure_case(case, device, record["roofs"], verdicts, compiled=with_compilers, seconds=seconds)
-        done[case.name] = measured | {"other_work": watch.share()}
+        done[case.name] = measured
         record["cases"] = list(done.values())
         if on_case is not None:
             on_case(record, measured)

@@ -80,6 +80,19 @@ def _cuda_sampler(device: torch.device) -> Callable[[Run, int], float]:
     return sample
 
 
+def wait_for_quiet(limit: float = 3.0, quiet: float = 0.1) -> None:
+    """Wait until other processes, compilers that we started among them, take less than ``quiet`` cores.
+
+    At most ``limit`` seconds: what goes on then is in the record (``other_work``).
+    """
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        watch = OtherWork()
+        time.sleep(0.25)
+        if (watch.share() or 0.0) < quiet:
+            return
+
+
 class OtherWork:
     """How much of the processors other processes take while this one measures."""
 
@@ -95,14 +108,14 @@ class OtherWork:
 
 
 def _processor_seconds() -> tuple[float | None, float]:
-    """Busy seconds of all processors and of this process with its ended children."""
+    """Busy seconds of all processors and of this process."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, interrupts, soft, *_ = map(int, file.readline().split()[1:])
         everyone = (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
         everyone = None
-    return everyone, sum(os.times()[:4])
+    return everyone, sum(os.times()[:2])
 
 
 def spread(samples: list[float]) -> dict[str, float]:

@@ -42,7 +42,8 @@ def measure_case(
             if difference > case.tolerance:
                 verdict = f"red: {name} differs from ours by {difference:.1e}, more than {case.tolerance:.0e}"
     del outputs
-    limits = dict(least=5, most=9) if case.slow else dict(least=9, most=60)
+    limits = dict(least=5, most=9) if case.slow else dict(least=9, most=400)
+    measure.wait_for_quiet()
     watch = measure.OtherWork()
     samples = measure.interleaved(runs, device, seconds=seconds, **limits) if runs else {}
     other_work = watch.share()

@@ -312,3 +312,12 @@ def test_gpu_script_goes_on_after_failures_and_sums_up(tmp_path):
     assert (out / "logs.tar.gz").is_file() and not (out / "logs").exists()
     usage = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], capture_output=True, text=True, check=False)
     assert usage.returncode == 2 and "usage: bash bench/gpu.sh OUT_FOLDER" in usage.stderr
+
+
+def test_tables_of_the_pages_are_in_step_with_the_committed_results():
+    """README and docs/performance.md show what bench/results holds (python -m bench.table rewrites them)."""
+    records = table.newest(table.RESULTS)
+    assert records
+    for page, text in table.pages(records).items():
+        assert page.read_text() == table.replaced(page.read_text(), text), page.name
+    assert any(case["verdict"] == "green" for record in records for case in record["cases"])

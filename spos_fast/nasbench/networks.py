@@ -43,8 +43,8 @@ def network(
     """The network of a cell: a 3x3 stem, stacks of equal cells, global average pooling and a linear classifier.
 
     Before every stack but the first a 2x2 max-pool halves the image, and that stack has twice the channels. With the
-    default sizes the number of parameters is the benchmark's ``trainable_parameters``. Initial weights follow the official
-    code (truncated normal of variance 1 / fan-in, Glorot-uniform classifier) and come from torch's global generator.
+    default sizes the number of parameters is the benchmark's ``trainable_parameters``. Initial weights follow the
+    official code (truncated normal of variance 1 / fan-in, Glorot-uniform classifier), drawn from torch's generator.
 
     Args:
         spec: the cell, as ModelSpec prunes it.

@@ -3,6 +3,8 @@
 Imports no torch.
 """
 
+from spos_fast.nasbench.batch import hash_cells
 from spos_fast.nasbench.cell import OPERATIONS, hash_cell
+from spos_fast.nasbench.table import Table
 
-__all__ = ["OPERATIONS", "hash_cell"]
+__all__ = ["OPERATIONS", "Table", "hash_cell", "hash_cells"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.nasbench.commands import add_subcommands
 
 DESCRIPTION = """\
 Single Path One-Shot architecture search (arXiv 1904.00420).
@@ -51,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
     try:
         options = _parser().parse_args(arguments)
-        _run(options)
+        if options.command == "nasbench":
+            options.run(options)
+        else:
+            _run(options)
     except (InputError, CheckpointError) as error:
         print(f"spos-fast: error: {error}", file=sys.stderr)
         return 2
@@ -232,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])
+    text = "NAS-Bench-101: convert and query the benchmark, its cells, statistics and search"
+    add_subcommands(commands.add_parser("nasbench", help=text, description=text + ".", allow_abbrev=False))
     return parser
 
 

@@ -54,4 +54,18 @@ std::string hash_graph(const Graph& graph) {
     return md5_hex(text + "]");
 }
 
+void hash_cells(const Cell* cells, size_t count, Digest* hashes) {
+    for (size_t i = 0; i < count; ++i) {
+        const Cell& cell = cells[i];
+        const int n = cell.vertices;
+        Graph graph{std::vector<uint64_t>(n), std::vector<uint64_t>(n), std::vector<int>(n)};
+        for (int v = 0; v < n; ++v) {
+            graph.labels[v] = v == 0 ? kInput : v == n - 1 ? kOutput : cell.op(v);
+            for (int w = v + 1; w < n; ++w)
+                if (cell.edge(v, w)) graph.successors[v] |= uint64_t{1} << w, graph.predecessors[w] |= uint64_t{1} << v;
+        }
+        hashes[i] = *from_hex(hash_graph(graph));
+    }
+}
+
 }  // namespace spos::cells

@@ -1,0 +1,89 @@
+"""``spos-fast nasbench ...``: what each subcommand takes and does. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from spos_fast.errors import InputError
+from spos_fast.nasbench.cell import OPERATIONS
+
+
+class Command(NamedTuple):
+    """One subcommand: its line in the help, its arguments, and what it does (raising InputError for mistakes)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def add_subcommands(parser: argparse.ArgumentParser) -> None:
+    """Add every subcommand of COMMANDS; the chosen one is then ``options.run(options)``."""
+    commands = parser.add_subparsers(dest="nasbench_command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.help, description=command.help[0].upper() + command.help[1:] + ".", allow_abbrev=False
+        )
+        command.arguments(sub)
+        sub.set_defaults(run=command.run)
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tfrecord", type=Path, help="nasbench_only108.tfrecord or nasbench_full.tfrecord")
+    parser.add_argument("out", type=Path, help="the table; appears whole or not at all")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from spos_fast.nasbench.table import Table
+
+    with Table.convert(options.tfrecord, options.out) as table:
+        epochs = ", ".join(map(str, table.epochs))
+        print(f"{options.out}: {len(table)} cells from {table.records} records; epochs {epochs}")
+
+
+def _query_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path, help="what convert wrote")
+    parser.add_argument("--hash", metavar="HASH", help="32 hexadecimal digits that name the cell")
+    parser.add_argument("--matrix", metavar="01...", help="or its adjacency matrix, row by row: 0110... of V x V digits")
+    parser.add_argument("--ops", metavar="NAMES", help=f"and its operations: input,...,output; {', '.join(OPERATIONS)}")
+
+
+def _query(options: argparse.Namespace) -> None:
+    from spos_fast.nasbench.table import METRICS, Table
+
+    if (options.hash is None) == (options.matrix is None) or (options.matrix is None) != (options.ops is None):
+        raise InputError("name the cell by --hash, or by --matrix and --ops")
+    with Table.open(options.table) as table:
+        if options.hash is not None:
+            row = table.find_hash(options.hash)
+        else:
+            row = table.find(_matrix(options.matrix), options.ops.split(","))
+        if row is None:
+            raise InputError(f"{options.table} does not hold this cell")
+        cell = table.row(row)
+        print(f"hash        {table.hash(row)}")
+        print(f"matrix      {''.join(str(entry) for line in cell.adjacency for entry in line)}")
+        print(f"ops         {','.join(cell.ops)}")
+        print(f"parameters  {cell.params}")
+        print(f"{'epochs':>6} {'repeat':>6} {'point':>8} " + " ".join(f"{name:>19}" for name in METRICS))
+        for epochs in table.epochs:
+            for repeat in range(table.repeats_of(row, epochs)):
+                for point in ("halfway", "final"):
+                    values = table.metrics(row, epochs, repeat, point == "halfway")
+                    shown = " ".join(f"{value:19.9g}" for value in values or ())
+                    print(f"{epochs:6d} {repeat:6d} {point:>8} {shown}")
+
+
+def _matrix(digits: str) -> list[list[int]]:
+    side = round(len(digits) ** 0.5)
+    if side * side != len(digits) or not digits or set(digits) - {"0", "1"}:
+        raise InputError(f"--matrix: expected V x V digits 0 and 1, got {digits!r}")
+    return [[int(digit) for digit in digits[v * side : (v + 1) * side]] for v in range(side)]
+
+
+COMMANDS = {
+    "convert": Command("turn an official tfrecord into a table", _convert_arguments, _convert),
+    "query": Command("all that a table holds on one cell", _query_arguments, _query),
+}

@@ -1,9 +1,9 @@
 """Properties of many cells at once, and the cells around a cell, as numpy arrays.
 
 Two forms of a cell are used. The *table's* form: ``adjacency`` uint8 ``[N, 7, 7]``, ``ops`` int8 ``[N, 7]`` and
-``vertices`` ``[N]``, where a smaller cell fills the first rows. The *gene* form, int8 ``[N, 26]``, in which searches and
-walks change cells: 21 edges (0 or 1) of a matrix of 7 vertices, row by row above the diagonal, then the labels of the 5
-inner vertices; vertices on no path from input to output do not count.
+``vertices`` ``[N]``, where a smaller cell fills the first rows. The *gene* form, int8 ``[N, 26]``, in which searches
+and walks change cells: 21 edges (0 or 1) of a matrix of 7 vertices, row by row above the diagonal, then the labels of
+the 5 inner vertices; vertices on no path from input to output do not count.
 """
 
 from __future__ import annotations

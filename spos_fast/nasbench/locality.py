@@ -102,7 +102,7 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
 def _walk(
     results: CellResults, walks: int, steps: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
-    """Gene forms int8 ``[walks, steps + 1, 26]`` and rows int64 ``[walks, steps + 1]``, -1 where the cell is unknown."""
+    """Gene forms int8 ``[walks, steps + 1, 26]`` and rows int64 ``[walks, steps + 1]``, -1 for an unknown cell."""
     from spos_fast.nasbench import hash_cells
 
     rows = np.empty((walks, steps + 1), dtype=np.int64)

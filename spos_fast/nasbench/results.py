@@ -106,7 +106,7 @@ class CellResults:
         inside = np.flatnonzero(in_space(genes))
         if len(inside):
             row_of = self.row_of
-            rows[inside] = [row_of.get(name, -1) for name in hash_cells(*cells_of(genes[inside]))]
+            rows[inside] = [row_of.get(name or "", -1) for name in hash_cells(*cells_of(genes[inside]))]
         return rows
 
 

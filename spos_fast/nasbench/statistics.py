@@ -120,7 +120,7 @@ def budget_correlations(results: CellResults, best: float = 1.0) -> dict[tuple[i
 
 
 def noise(results: CellResults, quantity: str = "validation", epochs: int | None = None) -> Values:
-    """Standard deviation over the repeats (n - 1 in the denominator) of every cell with at least two: float64 ``[M]``."""
+    """Standard deviation over the repeats (n - 1 in the denominator) of each cell with two or more: float64 ``[M]``."""
     values = results.each(quantity, epochs).astype(np.float64)
     values = values[np.isfinite(values).sum(1) >= 2]
     return np.nanstd(values, axis=1, ddof=1) if len(values) else np.empty(0)

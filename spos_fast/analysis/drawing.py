@@ -35,7 +35,9 @@ def new_figure(height: int = HEIGHT, width: int = WIDTH) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def dots(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float], colour: str, opacity: float = 0.35) -> None:
+def dots(
+    axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, colour: str, opacity: float = 0.35
+) -> None:
     """A dot for every point: one path of round caps without length, a fifth of the size of as many markers."""
     points = np.column_stack((np.asarray(x, dtype=float), np.asarray(y, dtype=float)))
     points = points[np.isfinite(points).all(axis=1)]

@@ -58,3 +58,31 @@ def figure_key(entries: Iterable[tuple[str, str, str]]) -> str:
         for name, colour, shape in entries
     )
     return f'<div class="key">{"".join(parts)}</div>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """A table in a card: the first column names the row, the others are numbers. Text is escaped."""
+    titles = "".join(
+        f'<th scope="col"{" class=number" if index else ""}>{escape(t)}</th>' for index, t in enumerate(head)
+    )
+    lines = "\n".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + "".join(f'<td class="number">{escape(value)}</td>' for value in rest)
+        + "</tr>"
+        for first, *rest in rows
+    )
+    below = f'<p class="note">{escape(caption)}</p>' if caption else ""
+    return (
+        f'<div class="card"><div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n'
+        f"<tbody>\n{lines}\n</tbody></table></div>{below}</div>"
+    )
+
+
+def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
+    """Key numbers: name, value, and what it rests on."""
+    cells = "".join(
+        f'<div><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
+        f'<dd class="below">{escape(below)}</dd></div>'
+        for name, value, below in entries
+    )
+    return f'<dl class="tiles">{cells}</dl>' if cells else ""

@@ -15,6 +15,7 @@ from spos_fast.analysis.commands import again_commands, stage_command
 from spos_fast.analysis.drawing import short_number
 from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, choice_key, row_style
 from spos_fast.analysis.page import card, document, figure_key
+from spos_fast.analysis.page import tiles as page_tiles
 from spos_fast.analysis.plots import (
     accuracy_against_macs,
     choice_map,
@@ -131,12 +132,7 @@ def _tiles(data: RunData, rows: Sequence[Row]) -> str:
         speed = float(np.median([row.images_per_second for row in data.supernet]))
         speed_text = f", {speed:,.0f} images/s" if math.isfinite(speed) else ""
         tiles.append(("Supernet steps", f"{last.step:,}", f"of {last.steps:,}{speed_text}"))
-    cells = "".join(
-        f'<div><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="below">{escape(below)}</dd></div>'
-        for name, value, below in tiles
-    )
-    return f'<dl class="tiles">{cells}</dl>' if tiles else ""
+    return page_tiles(tiles)
 
 
 def _comparison(data: RunData, rows: Sequence[Row]) -> str:

@@ -89,7 +89,7 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
             sums = np.stack([_sums(entry[:, start], entry[:, start + gap], both) for entry in values], axis=1)
             step_sums[gap] += sums
             edits = (genes[:, start] != genes[:, start + gap]).sum(1)
-            np.add.at(edit_sums, (np.minimum(edits, steps), count), sums)
+            np.add.at(edit_sums, (edits, count), sums)
     return Locality(
         len(rows),
         steps,

@@ -65,7 +65,8 @@ def _head(results: CellResults) -> str:
         f"<b>{_percent(np.median(known))}</b> validation accuracy; the best has <b>{_percent(known.max())}</b> "
         f"(<code>{escape(results.hashes[best])}</code>)."
     )
-    missing = "".join(f'<p class="missing">{escape(text)}</p>' for text in _missing(results))
+    missing = "<br>".join(escape(text) for text in _missing(results))
+    notice = f'<p class="missing">{missing}</p>' if missing else ""
     over = f"over {len(known):,} cells"
     low = int((known < _DIVERGED).sum())
     entries = [
@@ -83,7 +84,7 @@ def _head(results: CellResults) -> str:
     return f"""<h1>NAS-Bench-101</h1>
 <p class="path">What <code>{escape(results.name)}</code> says; budgets of {_list(results.epochs)} epochs</p>
 <p class="lead">{lead}</p>
-{missing}{tiles(entries)}"""
+{notice}{tiles(entries)}"""
 
 
 def _missing(results: CellResults) -> list[str]:

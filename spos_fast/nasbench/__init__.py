@@ -3,8 +3,8 @@
 Imports no torch.
 """
 
-from spos_fast.nasbench.batch import hash_cells
+from spos_fast.nasbench.batch import Cells, count_parameters, enumerate_cells, hash_cells
 from spos_fast.nasbench.cell import OPERATIONS, hash_cell
 from spos_fast.nasbench.table import Table
 
-__all__ = ["OPERATIONS", "Table", "hash_cell", "hash_cells"]
+__all__ = ["OPERATIONS", "Cells", "Table", "count_parameters", "enumerate_cells", "hash_cell", "hash_cells"]

@@ -7,6 +7,7 @@
 
 #include "csrc/cells/cell.h"
 #include "csrc/cells/convert.h"
+#include "csrc/cells/enumerate.h"
 #include "csrc/cells/error.h"
 #include "csrc/cells/graph.h"
 #include "csrc/cells/hash.h"
@@ -114,7 +115,7 @@ struct Batch {
     }
 };
 
-constexpr size_t kPiece = 1024;  // cells at a time: they stay in the cache
+constexpr size_t kPiece = 4096;  // cells at a time: they stay in the cache
 
 py::list hash_batch(const Batch& batch) {
     batch.check();
@@ -122,9 +123,10 @@ py::list hash_batch(const Batch& batch) {
     std::vector<bool> valid(batch.size());
     {
         py::gil_scoped_release release;
-        Cell cells[kPiece];
-        Digest found[kPiece];
-        size_t at[kPiece];
+        std::vector<Cell> piece(kPiece);
+        std::vector<Digest> found(kPiece);
+        std::vector<size_t> at(kPiece);
+        Cell* cells = piece.data();
         for (size_t begin = 0; begin < batch.size(); begin += kPiece) {
             const size_t count = std::min(kPiece, batch.size() - begin);
             batch.read(begin, count, cells);
@@ -135,7 +137,7 @@ py::list hash_batch(const Batch& batch) {
                 at[kept] = begin + i;
                 cells[kept++] = cells[i];
             }
-            hash_cells(cells, kept, found);
+            hash_cells(cells, kept, found.data());
             for (size_t i = 0; i < kept; ++i) hashes[at[i]] = found[i];
         }
     }
@@ -143,6 +145,40 @@ py::list hash_batch(const Batch& batch) {
     for (size_t i = 0; i < batch.size(); ++i)
         result[i] = valid[i] ? py::object(py::str(to_hex(hashes[i]))) : py::none();
     return result;
+}
+
+// (hashes S32 [N], adjacency [N, 7, 7], ops [N, 7], vertices [N], params [N])
+py::tuple enumerate() {
+    Enumeration all;
+    {
+        py::gil_scoped_release release;
+        all = enumerate_cells();
+    }
+    const auto n = static_cast<py::ssize_t>(all.cells.size());
+    py::array hashes(py::dtype("S32"), std::vector<py::ssize_t>{n});
+    py::array_t<uint8_t> adjacency({n, py::ssize_t{kCellVertices}, py::ssize_t{kCellVertices}});
+    py::array_t<int8_t> ops({n, py::ssize_t{kCellVertices}}), vertices(n);
+    py::array_t<int32_t> params(n);
+    for (py::ssize_t i = 0; i < n; ++i) {
+        const Cell& cell = all.cells[i];
+        write_hex(all.hashes[i], static_cast<char*>(hashes.mutable_data()) + 32 * i);
+        write_cell(cell, adjacency.mutable_data(i, 0, 0), ops.mutable_data(i, 0));
+        vertices.mutable_at(i) = static_cast<int8_t>(cell.vertices);
+        params.mutable_at(i) = trainable_parameters(cell);
+    }
+    return py::make_tuple(hashes, adjacency, ops, vertices, params);
+}
+
+// Of pruned cells; 0 for one that is invalid.
+py::array_t<int32_t> count_parameters(const Batch& batch) {
+    batch.check();
+    py::array_t<int32_t> params(static_cast<py::ssize_t>(batch.size()));
+    for (size_t i = 0; i < batch.size(); ++i) {
+        Cell cell;
+        batch.read(i, 1, &cell);
+        params.mutable_at(i) = cell.vertices == 0 ? 0 : trainable_parameters(cell);
+    }
+    return params;
 }
 
 // --- The table ---
@@ -235,7 +271,7 @@ py::dict to_numpy(const OpenTable& open) {
         for (uint32_t row = 0; row < table.size(); ++row) {
             const CellRow found = table.cell(row);
             const Cell cell = Cell::from_key(found.key);
-            std::memcpy(names + size_t{row} * 32, to_hex(found.hash).data(), 32);
+            write_hex(found.hash, names + size_t{row} * 32);
             write_cell(cell, matrices + size_t{row} * kCellVertices * kCellVertices,
                        labels + size_t{row} * kCellVertices);
             sizes[row] = static_cast<int8_t>(cell.vertices);
@@ -269,7 +305,8 @@ py::dict lookup(const OpenTable& open, const Batch& batch, py::ssize_t epochs, b
         float* out[kMetrics];
         for (int m = 0; m < kMetrics; ++m) out[m] = metrics[m].mutable_data();
         py::gil_scoped_release release;
-        Cell cells[kPiece];
+        std::vector<Cell> piece(kPiece);
+        Cell* cells = piece.data();
         for (size_t begin = 0; begin < batch.size(); begin += kPiece) {
             const size_t count = std::min(kPiece, batch.size() - begin);
             batch.read(begin, count, cells);
@@ -321,6 +358,13 @@ PYBIND11_MODULE(_cells, module) {
         "hash_cells",
         [](const Array<uint8_t>& adjacency, const Array<int8_t>& ops, std::optional<Array<int32_t>> vertices) {
             return hash_batch({adjacency, ops, std::move(vertices)});
+        },
+        py::arg("adjacency"), py::arg("ops"), py::arg("vertices"));
+    module.def("enumerate", &enumerate);
+    module.def(
+        "count_parameters",
+        [](const Array<uint8_t>& adjacency, const Array<int8_t>& ops, std::optional<Array<int32_t>> vertices) {
+            return count_parameters({adjacency, ops, std::move(vertices)});
         },
         py::arg("adjacency"), py::arg("ops"), py::arg("vertices"));
     module.def("convert", &convert_file, py::arg("tfrecord"), py::arg("table"), "Records read, cells written.");

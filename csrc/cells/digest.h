@@ -12,12 +12,17 @@ namespace spos::cells {
 
 using Digest = std::array<uint8_t, 16>;
 
-inline std::string to_hex(const Digest& digest) {
-    std::string hex(32, '0');
+// 32 characters, without a zero behind them.
+inline void write_hex(const Digest& digest, char* hex) {
     for (size_t i = 0; i < digest.size(); ++i) {
         hex[2 * i] = "0123456789abcdef"[digest[i] >> 4];
         hex[2 * i + 1] = "0123456789abcdef"[digest[i] & 15];
     }
+}
+
+inline std::string to_hex(const Digest& digest) {
+    std::string hex(32, '0');
+    write_hex(digest, hex.data());
     return hex;
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spos_fast.nasbench.batch import hash_cells
+from spos_fast.nasbench.batch import Cells, count_parameters, enumerate_cells, hash_cells
 from spos_fast.nasbench.cell import OPERATIONS, hash_cell
 from spos_fast.nasbench.table import Table
 
@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from spos_fast.nasbench.networks import network
     from spos_fast.nasbench.training import Evaluation, Recipe, evaluate
 
-__all__ = ["OPERATIONS", "Evaluation", "Recipe", "Table", "evaluate", "hash_cell", "hash_cells", "network"]
+__all__ = [
+    "OPERATIONS",
+    "Cells",
+    "Evaluation",
+    "Recipe",
+    "Table",
+    "count_parameters",
+    "enumerate_cells",
+    "evaluate",
+    "hash_cell",
+    "hash_cells",
+    "network",
+]
 
 _HOME = {"Evaluation": "training", "Recipe": "training", "evaluate": "training", "network": "networks"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -30,6 +32,62 @@ def hash_cells(adjacency: ArrayLike, ops: ArrayLike, vertices: ArrayLike | None 
     """
     hashes: list[str | None] = native.cells().hash_cells(*checked_batch(adjacency, ops, vertices))
     return hashes
+
+
+def count_parameters(adjacency: ArrayLike, ops: ArrayLike, vertices: ArrayLike | None = None) -> NDArray[np.int32]:
+    """Trainable parameters of the CIFAR-10 networks of many cells, in closed form.
+
+    Cells are pruned first. The number depends on the order of the vertices where output channels do not divide evenly
+    among them (the first ones get one more), so an isomorphic cell may have a few parameters more or less.
+
+    Args:
+        adjacency: uint8 [N, 7, 7], see :func:`hash_cells`.
+        ops: int8 [N, 7].
+        vertices: [N], or None.
+
+    Returns:
+        int32 [N]; 0 for a cell whose output cannot be reached from its input.
+
+    Raises:
+        InputError: see :func:`hash_cells`.
+        ImportError: the native module was not built.
+    """
+    counts: NDArray[np.int32] = native.cells().count_parameters(*checked_batch(adjacency, ops, vertices))
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Cells as arrays.
+
+    Attributes:
+        hashes: S32 [N].
+        adjacency: uint8 [N, 7, 7]; a smaller cell lies in the first rows and columns, and the rest is zero.
+        ops: int8 [N, 7]; -1 input, 0 to 2 the operations, -2 output, and 0 behind the output.
+        vertices: int8 [N].
+        params: int32 [N], trainable parameters.
+    """
+
+    hashes: NDArray[np.bytes_]
+    adjacency: NDArray[np.uint8]
+    ops: NDArray[np.int8]
+    vertices: NDArray[np.int8]
+    params: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
+def enumerate_cells() -> Cells:
+    """All 423,624 cells of NAS-Bench-101, each as the graph that the official enumeration meets first.
+
+    The order is that of generate_graphs.py of google-research/nasbench, too: by vertices, then by edges as a number, then
+    by operations. These are the graphs and the parameters that the published benchmark holds.
+
+    Raises:
+        ImportError: the native module was not built.
+    """
+    return Cells(*native.cells().enumerate())
 
 
 def checked_batch(

@@ -46,7 +46,9 @@ def _convert(options: argparse.Namespace) -> None:
 def _query_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", type=Path, help="what convert wrote")
     parser.add_argument("--hash", metavar="HASH", help="32 hexadecimal digits that name the cell")
-    parser.add_argument("--matrix", metavar="01...", help="or its adjacency matrix, row by row: 0110... of V x V digits")
+    parser.add_argument(
+        "--matrix", metavar="01...", help="or its adjacency matrix, row by row: 0110... of V x V digits"
+    )
     parser.add_argument("--ops", metavar="NAMES", help=f"and its operations: input,...,output; {', '.join(OPERATIONS)}")
 
 

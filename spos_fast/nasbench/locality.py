@@ -11,6 +11,7 @@ from spos_fast.nasbench import graphs
 from spos_fast.nasbench.results import CellResults
 
 _RESAMPLES = 400
+_TRIES = 500
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     genes, rows = _walk(results, min(walks, len(results)), steps, rng)
     accuracy = results.mean("validation")
     series = [_standardised(accuracy), _standardised(_ranks(accuracy))]
-    known = np.where(rows >= 0, np.isfinite(accuracy)[rows], False)
+    known = (rows >= 0) & np.isfinite(accuracy)[rows]
     values = [np.where(known, entry[rows], 0.0) for entry in series]
     weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), _RESAMPLES).astype(np.float32)
     step_sums = np.zeros((steps + 1, len(rows), 2, 6))
@@ -112,8 +113,13 @@ def _walk(
     genes[:, 0] = graphs.genes_of(results.adjacency[start], results.ops[start], results.vertices[start])
     names = np.array([results.hashes[row] for row in start], dtype=object)
     for step in range(1, steps + 1):
+        genes[:, step], rows[:, step] = genes[:, step - 1], -1
         waiting = np.arange(walks)
-        while len(waiting):
+        # A cell of 31 edits has left long before, unless none of them leads to another cell: that of two vertices,
+        # where a walk ends.
+        for _ in range(_TRIES):
+            if not len(waiting):
+                break
             tried = graphs.one_edit(genes[waiting, step - 1], rng)
             inside = graphs.in_space(tried)
             reached, tried = waiting[inside], tried[inside]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spos_fast.errors import InputError
-from spos_fast.nasbench.graphs import SIZE, Genes, cells_of, in_space
+from spos_fast.nasbench.graphs import SIZE, Genes, cells_of
 
 if TYPE_CHECKING:
     from spos_fast.nasbench.table import Table
@@ -102,12 +102,8 @@ class CellResults:
         """
         from spos_fast.nasbench import hash_cells
 
-        rows = np.full(len(genes), -1, dtype=np.int64)
-        inside = np.flatnonzero(in_space(genes))
-        if len(inside):
-            row_of = self.row_of
-            rows[inside] = [row_of.get(name or "", -1) for name in hash_cells(*cells_of(genes[inside]))]
-        return rows
+        row_of = self.row_of
+        return np.array([row_of.get(name or "", -1) for name in hash_cells(*cells_of(genes))], dtype=np.int64)
 
 
 def read_results(path: str | Path) -> CellResults:

@@ -185,7 +185,7 @@ def _regularized_evolution(bench: _Bench, runs: int) -> tuple[Floats, Rows]:
     while log.running:
         entrants = _distinct(bench.rng, runs, _POPULATION, _TOURNAMENT)
         best = entrants[everyone, np.take_along_axis(accuracy, entrants, 1).argmax(1)]
-        child, row = _children(bench, genes[everyone, best], _official_mutation)
+        child, row = _mutants(bench, genes[everyone, best])
         value, cost = bench.train(row)
         genes[:, oldest], accuracy[:, oldest] = child, value
         log.add(row[:, None], value[:, None], cost[:, None])
@@ -210,9 +210,9 @@ def _spos_part(bench: _Bench, runs: int) -> tuple[Floats, Rows]:
         genes = np.zeros((runs, _SPOS_POPULATION, len(CHOICES)), dtype=np.int8)
         rows = np.full((runs, _SPOS_POPULATION), -1, dtype=np.int64)
         if parents.ready:
-            _fill(bench, genes, rows, seen, slice(0, _SPOS_CROSSOVER), _bred(bench, parents.cross))
-            _fill(bench, genes, rows, seen, slice(_SPOS_CROSSOVER, _SPOS_POPULATION), _bred(bench, parents.mutate))
-        _fill(bench, genes, rows, seen, slice(0, _SPOS_POPULATION), lambda run: bench.random(len(run)))
+            _breed(bench, genes, rows, seen, slice(0, _SPOS_CROSSOVER), parents.cross)
+            _breed(bench, genes, rows, seen, slice(_SPOS_CROSSOVER, _SPOS_POPULATION), parents.mutate)
+        _fill(bench, genes, rows, seen)
         if not (rows >= 0).any():  # every run has met all cells that it could
             break
         accuracy, seconds = bench.train(rows)
@@ -258,72 +258,67 @@ class _Parents:
         return np.where(anew, drawn, self._pick(runs))
 
 
-def _bred(bench: _Bench, breed: Callable[[Rows], Genes]) -> Callable[[Rows], tuple[Genes, Rows]]:
-    """Children of runs, drawn until the source holds them; -1 for the few for which that took too long."""
-
-    def draw(run: Rows) -> tuple[Genes, Rows]:
-        genes = np.zeros((len(run), len(CHOICES)), dtype=np.int8)
-        rows = np.full(len(run), -1, dtype=np.int64)
-        for _ in range(_TRIES_PER_CHILD):
-            open_ = np.flatnonzero(rows < 0)
-            if not len(open_):
-                break
-            child = breed(np.repeat(run[open_], bench.draws))
-            _take_first(genes, rows, open_, child, bench.find(child))
-        return genes, rows
-
-    return draw
-
-
-def _fill(
-    bench: _Bench,
-    genes: NDArray[np.int8],
-    rows: Rows,
-    seen: NDArray[np.bool_],
-    places: slice,
-    draw: Callable[[Rows], tuple[Genes, Rows]],
+def _breed(
+    bench: _Bench, genes: Genes, rows: Rows, seen: NDArray[np.bool_], places: slice, draw: Callable[[Rows], Genes]
 ) -> None:
-    """Fill empty places of the runs' next generations with cells that those runs have not met, in ten tries."""
-    for _ in range(_TRIES_PER_CHILD):
+    """Fill empty places of the runs' next generations with children that those runs have not met.
+
+    ``draw`` makes one child for each run it is given. Ten tries a child, as published, and as many more as a sample is
+    thinner than the space; what is left empty then is filled at random.
+    """
+    for _ in range(_TRIES_PER_CHILD // 2):
         run, place = np.nonzero(rows[:, places] < 0)
         if not len(run):
             return
-        place = place + places.start
-        child, row = draw(run)
-        fresh = (row >= 0) & ~seen[run, row]
-        # Of equal children of one run the first counts.
-        _, first = np.unique(run[fresh] * len(bench.results) + row[fresh], return_index=True)
-        chosen = np.flatnonzero(fresh)[first]
-        genes[run[chosen], place[chosen]], rows[run[chosen], place[chosen]] = child[chosen], row[chosen]
-        seen[run[chosen], row[chosen]] = True
+        tried = np.repeat(run, bench.draws)
+        child = draw(tried)
+        row = bench.find(child)
+        row[seen[tried, row]] = -1
+        chosen, kept = _first_found(row.reshape(len(run), -1))
+        _place(genes, rows, seen, run[chosen], place[chosen] + places.start, child[kept], row[kept])
 
 
-def _children(
-    bench: _Bench, parents: Genes, mutate: Callable[[Genes, np.random.Generator], Genes]
-) -> tuple[Genes, Rows]:
+def _fill(bench: _Bench, genes: Genes, rows: Rows, seen: NDArray[np.bool_]) -> None:
+    """Fill the places that are empty still with random cells that those runs have not met, in ten tries."""
+    for _ in range(_TRIES_PER_CHILD):
+        run, place = np.nonzero(rows < 0)
+        if not len(run):
+            return
+        child, row = bench.random(len(run))
+        fresh = ~seen[run, row]
+        _place(genes, rows, seen, run[fresh], place[fresh], child[fresh], row[fresh])
+
+
+def _place(genes: Genes, rows: Rows, seen: NDArray[np.bool_], run: Rows, place: Rows, child: Genes, row: Rows) -> None:
+    """Put cells into places, of equal ones of a run the first."""
+    _, first = np.unique(run * seen.shape[1] + row, return_index=True)
+    run, place = run[first], place[first]
+    genes[run, place], rows[run, place] = child[first], row[first]
+    seen[run, row[first]] = True
+
+
+def _mutants(bench: _Bench, parents: Genes) -> tuple[Genes, Rows]:
     """A mutant of each parent that the source holds, drawn until there is one; the parent itself after 1,000 draws."""
     genes = parents.copy()
     rows = np.full(len(parents), -1, dtype=np.int64)
-    for _ in range(-(-1000 // bench.draws)):
-        open_ = np.flatnonzero(rows < 0)
-        if not len(open_):
+    for _ in range(1000 // bench.draws):
+        waiting = np.flatnonzero(rows < 0)
+        if not len(waiting):
             return genes, rows
-        child = mutate(np.repeat(parents[open_], bench.draws, axis=0), bench.rng)
-        _take_first(genes, rows, open_, child, bench.find(child))
+        child = _official_mutation(np.repeat(parents[waiting], bench.draws, axis=0), bench.rng)
+        row = bench.find(child)
+        chosen, kept = _first_found(row.reshape(len(waiting), -1))
+        rows[waiting[chosen]], genes[waiting[chosen]] = row[kept], child[kept]
     left = rows < 0
-    if left.any():
-        rows[left] = bench.find(parents[left])
+    rows[left] = bench.find(parents[left])
     return genes, rows
 
 
-def _take_first(genes: Genes, rows: Rows, places: Rows, child: Genes, found: Rows) -> None:
-    """Put the first child that was found, of equally many for each place, into its place."""
-    found = found.reshape(len(places), -1)
-    first = (found >= 0).argmax(1)
-    index = np.arange(len(places))
-    hit = found[index, first] >= 0
-    rows[places[hit]] = found[index, first][hit]
-    genes[places[hit]] = child.reshape(len(places), -1, child.shape[1])[index, first][hit]
+def _first_found(rows: Rows) -> tuple[Rows, Rows]:
+    """Lines of ``rows`` ``[K, draws]`` with a row that is not -1, and where the first of each stands, flattened."""
+    first = (rows >= 0).argmax(1)
+    lines = np.flatnonzero(rows[np.arange(len(rows)), first] >= 0)
+    return lines, lines * rows.shape[1] + first[lines]
 
 
 def _official_mutation(genes: Genes, rng: np.random.Generator) -> Genes:

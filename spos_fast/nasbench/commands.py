@@ -85,7 +85,67 @@ def _matrix(digits: str) -> list[list[int]]:
     return [[int(digit) for digit in digits[v * side : (v + 1) * side]] for v in range(side)]
 
 
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a table, an official tfrecord, or a CSV file of cells")
+    parser.add_argument("--out", type=Path, default=Path("nasbench.html"), help="the report (default nasbench.html)")
+    parser.add_argument("--walks", type=int, default=30_000, metavar="N", help="random walks (default 30000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the walks (default 0)")
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from spos_fast.nasbench.results import read_results
+
+    _check_positive("--walks", options.walks)
+    _check_seed(options.seed)
+    results = read_results(options.source)
+    from spos_fast.analysis.nasbench_report import write_statistics
+
+    print(f"report: {write_statistics(results, options.out, walks=options.walks, seed=options.seed)}")
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a table, an official tfrecord, or a CSV file of cells")
+    parser.add_argument("--out", type=Path, metavar="HTML", help="write a report with the regret curves")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the curves")
+    parser.add_argument("--budget", type=float, default=1e6, metavar="SECONDS", help="of training, a run (default 1e6)")
+    parser.add_argument("--runs", type=int, default=500, metavar="N", help="of each method (default 500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
+
+
+def _search(options: argparse.Namespace) -> None:
+    from spos_fast.nasbench.results import read_results
+    from spos_fast.nasbench.search import METHODS, search
+
+    _check_positive("--runs", options.runs)
+    _check_positive("--budget", options.budget)
+    _check_seed(options.seed)
+    results = read_results(options.source)
+    from spos_fast.analysis import nasbench_search_report as report
+    from spos_fast.checkpoint import write_json, write_whole
+
+    runs = search(results, tuple(METHODS), options.budget, runs=options.runs, seed=options.seed)
+    summary = report.summarise(results, runs, options.budget, options.seed)
+    print(report.text_of(summary))
+    if options.json:
+        write_json(options.json, summary)
+    if options.out:
+        write_whole(options.out, report.page(summary).encode())
+        print(f"report: {options.out}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 1 <= value < float("inf"):
+        raise InputError(f"{name}: got {value}; expected 1 or more")
+
+
+def _check_seed(value: int) -> None:
+    if value < 0:
+        raise InputError(f"--seed: got {value}; expected 0 or more")
+
+
 COMMANDS = {
     "convert": Command("turn an official tfrecord into a table", _convert_arguments, _convert),
     "query": Command("all that a table holds on one cell", _query_arguments, _query),
+    "stats": Command("the analysis of the paper on what a file holds, as one HTML report", _stats_arguments, _stats),
+    "search": Command("search baselines over a file, by simulated training time", _search_arguments, _search),
 }

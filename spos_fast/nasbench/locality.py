@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spos_fast.nasbench import graphs
-from spos_fast.nasbench.results import CellResults
+from spos_fast.nasbench.results import CELLS, CellResults
 
 _RESAMPLES = 400
 _TRIES = 500
@@ -66,7 +66,8 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     A walk begins at a cell drawn uniformly from those that are there, and every step is one random edit (an edge added
     or removed, or an operation replaced) that leads to another cell of the space, drawn anew until it does. The walk
     needs no accuracies, so it runs through the whole space also where only a sample is known; a pair counts where both
-    of its cells are known. For a uniform sample that estimates the same correlation from fewer pairs.
+    of its cells are known. For a uniform sample that estimates the same correlation from fewer pairs. Pairs of a cell
+    with itself, which are known more often than others, are weighted down accordingly.
 
     Args:
         results: the cells.
@@ -80,13 +81,16 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     series = [_standardised(accuracy), _standardised(_ranks(accuracy))]
     known = (rows >= 0) & np.isfinite(accuracy)[rows]
     values = [np.where(known, entry[rows], 0.0) for entry in series]
+    # A walk may come back to a cell: in a sample such a pair is as likely known as one cell, not as two.
+    density = min(1.0, float(np.isfinite(accuracy).sum()) / CELLS)
     weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), _RESAMPLES).astype(np.float32)
-    step_sums = np.zeros((steps + 1, len(rows), 2, 6))
-    edit_sums = np.zeros((steps + 1, len(rows), 2, 6))
+    step_sums = np.zeros((steps + 1, len(rows), 2, 7))
+    edit_sums = np.zeros((steps + 1, len(rows), 2, 7))
     count = np.arange(len(rows))
     for gap in range(1, steps + 1):
         for start in range(steps + 1 - gap):
             both = known[:, start] & known[:, start + gap]
+            both = both * np.where(rows[:, start] == rows[:, start + gap], density, 1.0)
             sums = np.stack([_sums(entry[:, start], entry[:, start + gap], both) for entry in values], axis=1)
             step_sums[gap] += sums
             edits = (genes[:, start] != genes[:, start + gap]).sum(1)
@@ -145,9 +149,10 @@ def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (values - np.nanmean(values)) / np.nanstd(values)
 
 
-def _sums(a: NDArray[np.float64], b: NDArray[np.float64], both: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """``[walks, 6]``: n, sums of a, b, a^2, b^2 and ab over the known pairs."""
-    return np.stack((np.ones_like(a), a, b, a * a, b * b, a * b), axis=1) * both[:, None]
+def _sums(a: NDArray[np.float64], b: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[walks, 7]``: weighted n, sums of a, b, a^2, b^2 and ab over the known pairs, and their number."""
+    terms = (np.ones_like(a), a, b, a * a, b * b, a * b)
+    return np.stack([*(term * weight for term in terms), (weight > 0).astype(np.float64)], axis=1)
 
 
 def _estimate(distance: int, sums: NDArray[np.float64], weights: NDArray[np.float32]) -> Autocorrelation:
@@ -159,10 +164,10 @@ def _estimate(distance: int, sums: NDArray[np.float64], weights: NDArray[np.floa
     else:
         low = high = np.full(2, np.nan)
     intervals = [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
-    return Autocorrelation(distance, int(total[0, 0]), float(point[0]), intervals[0], float(point[1]), intervals[1])
+    return Autocorrelation(distance, int(total[0, 6]), float(point[0]), intervals[0], float(point[1]), intervals[1])
 
 
 def _pearson(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    n, a, b, aa, bb, ab = np.moveaxis(sums, -1, 0)
+    n, a, b, aa, bb, ab, _ = np.moveaxis(sums, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(n > 2, (n * ab - a * b) / np.sqrt((n * aa - a * a) * (n * bb - b * b)), np.nan)

@@ -59,10 +59,11 @@ def _head(results: CellResults) -> str:
     known = accuracy[np.isfinite(accuracy)]
     longest = results.epochs[-1]
     best = int(np.nanargmax(accuracy))
-    whole = "all" if results.complete else f"{len(results) / CELLS:.2%} of the"
+    whole = "all" if results.complete else f"{len(results) / CELLS:.2%}"
+    trainings = f"{results.repeats} trainings" if results.repeats > 1 else "one training"
     lead = (
-        f"{len(results):,} cells, {whole} {CELLS:,} of the space. After {longest} epochs half of them are above "
-        f"<b>{_percent(np.median(known))}</b> validation accuracy; the best has <b>{_percent(known.max())}</b> "
+        f"{len(results):,} cells, {whole} of the space, with {trainings} of each. After {longest} epochs half of them "
+        f"are above <b>{_percent(np.median(known))}</b> validation accuracy; the best has <b>{_percent(known.max())}</b> "
         f"(<code>{escape(results.hashes[best])}</code>)."
     )
     missing = "<br>".join(escape(text) for text in _missing(results))
@@ -70,7 +71,6 @@ def _head(results: CellResults) -> str:
     over = f"over {len(known):,} cells"
     low = int((known < _DIVERGED).sum())
     entries = [
-        ("Cells", f"{len(results):,}", f"{results.repeats} training{'s' if results.repeats > 1 else ''} of each"),
         ("Best", _percent(known.max()), f"validation accuracy, {over}"),
         ("Median", _percent(np.median(known)), f"mean {_percent(known.mean())}, deviation {_points(known.std())}"),
         ("Above 90%", f"{(known > 0.9).mean():.1%}", f"above 94%: {(known > 0.94).mean():.2%}, {over}"),
@@ -381,8 +381,18 @@ def _budgets(results: CellResults) -> str:
     head = ["Epochs"]
     for title, *_ in shares:
         head += [f"Spearman, {title}", f"Kendall, {title}"]
+    short = results.epochs[-2]
+    pair = (results.mean("validation", short), results.mean("validation"))
+    beside = card(
+        f"{longest} epochs against {short}",
+        figures.scatter_figure(
+            "short-long", *pair, (f"validation accuracy, {short}", f"validation accuracy, {longest}")
+        ),
+        f"{found['all cells'][short, longest].count:,} cells; axes leave out the lowest 1%.",
+    )
     return f"""<h2>Short budgets as a guide to long ones</h2>
-<div class="pair">{drawn}{table(head, rows, "Validation accuracies, means over the repeats.")}</div>"""
+<div class="pair">{drawn}{beside}</div>
+{_spaced(table(head, rows, "Validation accuracies, means over the repeats."))}"""
 
 
 def _foot(results: CellResults, seed: int) -> str:
@@ -431,7 +441,12 @@ def _rank(entry: Autocorrelation) -> str:
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:
-    return _known(value, f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})")
+    return _known(value, f"{_two(value)} ({_two(interval[0])} to {_two(interval[1])})")
+
+
+def _two(value: float) -> str:
+    """Two decimals, without a minus before zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def _range(values: np.ndarray) -> str:

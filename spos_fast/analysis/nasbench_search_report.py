@@ -104,9 +104,9 @@ def page(summary: Mapping[str, Any]) -> str:
     missing = []
     if cells < CELLS:
         missing.append(
-            f"The source holds {cells:,} of {CELLS:,} cells. A search draws and changes cells in the whole space, and "
-            "a draw that the source does not hold costs nothing and is drawn anew: these are searches of a space "
-            "thinned out at random, and the best cell is the best of the source."
+            f"The source holds {cells:,} of {CELLS:,} cells. Random cells are drawn evenly from those, and a child that "
+            "the source does not hold costs nothing and is drawn anew: these are searches of a space thinned out at "
+            "random, and the best cell is the best of the source."
         )
     if kind == "validation":
         missing.append("It holds no test accuracy: regret is of the validation accuracy, which the searches see.")
@@ -129,7 +129,8 @@ def page(summary: Mapping[str, Any]) -> str:
 {drawn}
 <div style="margin-top: 14px">{table(head, rows, note)}</div>
 <h2>Methods</h2>
-<p><b>Random search</b> draws every edge with probability 1/2 and operations uniformly, as the official notebook.
+<p><b>Random search</b>, on a complete benchmark, draws every edge with probability 1/2 and operations uniformly, as the
+official notebook.
 <b>Regularized evolution</b> (Real et al. 2018): population 100, the best of 10 random ones is mutated (each edge with
 probability 1/7, each operation with 1/5) and replaces the oldest. <b>SPOS evolution</b> (Guo et al. 2019): populations
 of 50, 25 by crossover and 25 by mutation (each of 26 genes with probability 0.1) of the 10 best so far, no cell

@@ -1,9 +1,9 @@
 """Search baselines over a benchmark, with a budget in simulated training seconds and many runs at once.
 
-All runs of a method go through the same array operations, so hundreds of them take seconds. A method draws cells and
-changes them in the whole space; a draw that the source does not hold (outside the space, or missing from a sample)
-costs nothing and is drawn anew. On a complete benchmark that is the official procedure; on a sample it is the same
-procedure on a space thinned out at random.
+All runs of a method go through the same array operations, so hundreds of them take seconds. On a complete benchmark,
+random cells are drawn and cells are mutated as in the official notebook. On a sample, random cells are drawn evenly from
+those that it holds, and a child that it does not hold costs nothing and is drawn anew: the same methods on a space
+thinned out at random.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _POPULATION, _TOURNAMENT = 100, 10
 _SPOS_POPULATION, _SPOS_PARENTS, _SPOS_CROSSOVER, _SPOS_PROBABILITY = 50, 10, 25, 0.1
 _TRIES_PER_CHILD = 10
 _SEEN_BYTES = 64 << 20
+_POOL = 1 << 19  # official draws, most of them in the space
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,28 +132,24 @@ class _Bench:
             raise InputError(f"{results.name}: no cell has validation accuracy and training time; nothing to search")
         # Draws at a time for one child: about as many as it takes until the source holds one.
         self.draws = int(np.clip(CELLS / cells, 2, 64))
-        # Random cells as the official notebook draws them. Most of the cost lies in the draws that the source does not
-        # hold, so all runs share one pool of those that it does.
-        self.pool = self._pool(min(2 * cells, 300_000))
+        self.pool = self._pool()
 
     def find(self, genes: Genes) -> Rows:
         """Rows of usable cells, -1 for others."""
         rows = self.results.find(genes)
         return np.where(self.usable[rows], rows, -1)
 
-    def _pool(self, size: int) -> tuple[Genes, Rows]:
-        if self.usable.sum() <= 1000:  # too few to be met by chance
+    def _pool(self) -> tuple[Genes, Rows]:
+        """Genes and rows of random cells, of which all runs draw."""
+        results = self.results
+        if not results.complete:
+            # Official draws meet small cells far more often than others. Whether those few are in a sample would decide
+            # everything, so its cells are drawn evenly.
             rows = np.flatnonzero(self.usable)
-            results = self.results
             return graphs.genes_of(results.adjacency[rows], results.ops[rows], results.vertices[rows]), rows
-        genes: list[Genes] = []
-        rows_: list[Rows] = []
-        while sum(map(len, rows_)) < size:
-            drawn = graphs.random_genes(1 << 17, self.rng)
-            found = self.find(drawn)
-            genes.append(drawn[found >= 0])
-            rows_.append(found[found >= 0])
-        return np.concatenate(genes)[:size], np.concatenate(rows_)[:size]
+        drawn = graphs.random_genes(_POOL, self.rng)
+        rows = self.find(drawn)
+        return drawn[rows >= 0], rows[rows >= 0]
 
     def random(self, *shape: int) -> tuple[Genes, Rows]:
         """Genes ``[*shape, 26]`` and rows of random cells."""

@@ -63,8 +63,8 @@ def _head(results: CellResults) -> str:
     trainings = f"{results.repeats} trainings" if results.repeats > 1 else "one training"
     lead = (
         f"{len(results):,} cells, {whole} of the space, with {trainings} of each. After {longest} epochs half of them "
-        f"are above <b>{_percent(np.median(known))}</b> validation accuracy; the best has <b>{_percent(known.max())}</b> "
-        f"(<code>{escape(results.hashes[best])}</code>)."
+        f"are above <b>{_percent(np.median(known))}</b> validation accuracy; the best has "
+        f"<b>{_percent(known.max())}</b> (<code>{escape(results.hashes[best])}</code>)."
     )
     missing = "<br>".join(escape(text) for text in _missing(results))
     notice = f'<p class="missing">{missing}</p>' if missing else ""
@@ -324,11 +324,11 @@ def _locality(found: Locality, results: CellResults) -> str:
     share = (
         ""
         if results.complete
-        else f" Of the visited cells {found.known:.1%} are in this file; a pair counts if both are."
+        else f" The first is always in this file; pairs with a later one that is not do not count ({found.known:.1%} are in it)."
     )
     note = (
         f"{found.walks:,} walks of {found.steps} steps, each from another cell of the file; a step adds or removes an "
-        f"edge or replaces an operation, and leads to another cell of the space.{share} Correlation of validation "
+        f"edge or replaces an operation, and leads to another cell of the space. Pairs are of a walk's first cell and a later one.{share} Correlation of validation "
         "accuracies, and of ranks, in which diverged trainings weigh no more than other bad ones. Intervals: 95%, by "
         "resampling walks. Edits are counted in the walk's numbering of the vertices."
     )

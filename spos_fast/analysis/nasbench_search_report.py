@@ -104,9 +104,9 @@ def page(summary: Mapping[str, Any]) -> str:
     missing = []
     if cells < CELLS:
         missing.append(
-            f"The source holds {cells:,} of {CELLS:,} cells. Random cells are drawn evenly from those, and a child that "
-            "the source does not hold costs nothing and is drawn anew: these are searches of a space thinned out at "
-            "random, and the best cell is the best of the source."
+            f"The source holds {cells:,} of {CELLS:,} cells. Random cells are drawn evenly from those, and a child "
+            "that the source does not hold costs nothing and is drawn anew: these are searches of a space thinned out "
+            "at random, and the best cell is the best of the source."
         )
     if kind == "validation":
         missing.append("It holds no test accuracy: regret is of the validation accuracy, which the searches see.")

@@ -40,8 +40,8 @@ class Locality:
     Attributes:
         walks, steps: number and length of the walks.
         known: share of the visited cells that have an accuracy.
-        by_step: by the number of steps between two cells of a walk.
-        by_edit: by the number of edits between them, counted in the walk's form of the cells: steps that undo each
+        by_step: between the first cell of a walk and the one after so many steps.
+        by_edit: by the number of edits between those, counted in the walk's form of the cells: steps that undo each
             other do not count. Two cells may be nearer than that through another numbering of their vertices.
     """
 
@@ -64,10 +64,11 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     """Random-walk autocorrelation of the validation accuracy.
 
     A walk begins at a cell drawn uniformly from those that are there, and every step is one random edit (an edge added
-    or removed, or an operation replaced) that leads to another cell of the space, drawn anew until it does. The walk
-    needs no accuracies, so it runs through the whole space also where only a sample is known; a pair counts where both
-    of its cells are known. For a uniform sample that estimates the same correlation from fewer pairs. Pairs of a cell
-    with itself, which are known more often than others, are weighted down accordingly.
+    or removed, or an operation replaced) that leads to another cell of the space, drawn anew until it does. Pairs are of
+    a walk's first cell and a later one. The walk needs no accuracies, so it runs through the whole space also where
+    only a sample is known; a pair counts where its later cell is known. For a uniform sample that estimates the same
+    correlation from fewer pairs. A walk that comes back to its first cell is known for certain, where others are known
+    by the share of the sample; it is weighted down accordingly.
 
     Args:
         results: the cells.
@@ -80,21 +81,19 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     accuracy = results.mean("validation")
     series = [_standardised(accuracy), _standardised(_ranks(accuracy))]
     known = (rows >= 0) & np.isfinite(accuracy)[rows]
+    known &= known[:, :1]
     values = [np.where(known, entry[rows], 0.0) for entry in series]
-    # A walk may come back to a cell: in a sample such a pair is as likely known as one cell, not as two.
     density = min(1.0, float(np.isfinite(accuracy).sum()) / CELLS)
     weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), _RESAMPLES).astype(np.float32)
     step_sums = np.zeros((steps + 1, len(rows), 2, 7))
     edit_sums = np.zeros((steps + 1, len(rows), 2, 7))
     count = np.arange(len(rows))
     for gap in range(1, steps + 1):
-        for start in range(steps + 1 - gap):
-            both = known[:, start] & known[:, start + gap]
-            both = both * np.where(rows[:, start] == rows[:, start + gap], density, 1.0)
-            sums = np.stack([_sums(entry[:, start], entry[:, start + gap], both) for entry in values], axis=1)
-            step_sums[gap] += sums
-            edits = (genes[:, start] != genes[:, start + gap]).sum(1)
-            np.add.at(edit_sums, (edits, count), sums)
+        weight = known[:, gap] * np.where(rows[:, gap] == rows[:, 0], density, 1.0)
+        sums = np.stack([_sums(entry[:, 0], entry[:, gap], weight) for entry in values], axis=1)
+        step_sums[gap] = sums
+        edits = (genes[:, gap] != genes[:, 0]).sum(1)
+        np.add.at(edit_sums, (edits, count), sums)
     return Locality(
         len(rows),
         steps,
@@ -159,7 +158,7 @@ def _estimate(distance: int, sums: NDArray[np.float64], weights: NDArray[np.floa
     total = sums.sum(0)
     drawn = np.einsum("rw,wqs->rqs", weights.astype(np.float64), sums, optimize=True)
     point, spread = _pearson(total), _pearson(drawn)
-    if np.isfinite(point).all():
+    if np.isfinite(point).all() and total[0, 6] > 2:
         low, high = np.nanquantile(spread, (0.025, 0.975), axis=0)
     else:
         low = high = np.full(2, np.nan)
@@ -169,5 +168,9 @@ def _estimate(distance: int, sums: NDArray[np.float64], weights: NDArray[np.floa
 
 def _pearson(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     n, a, b, aa, bb, ab, _ = np.moveaxis(sums, -1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(n > 2, (n * ab - a * b) / np.sqrt((n * aa - a * a) * (n * bb - b * b)), np.nan)
+    spread = (n * aa - a * a) * (n * bb - b * b)
+    # Equal values, up to rounding, have no correlation.
+    defined = (n > 0) & (spread > 1e-9 * np.maximum(n, 1e-9) ** 4)
+    return np.divide(
+        n * ab - a * b, np.sqrt(np.where(defined, spread, 1.0)), out=np.full(n.shape, np.nan), where=defined
+    )

@@ -1,8 +1,8 @@
 """Search baselines over a benchmark, with a budget in simulated training seconds and many runs at once.
 
 All runs of a method go through the same array operations, so hundreds of them take seconds. On a complete benchmark,
-random cells are drawn and cells are mutated as in the official notebook. On a sample, random cells are drawn evenly from
-those that it holds, and a child that it does not hold costs nothing and is drawn anew: the same methods on a space
+random cells are drawn and cells are mutated as in the official notebook. On a sample, random cells are drawn evenly
+from those that it holds, and a child that it does not hold costs nothing and is drawn anew: the same methods on a space
 thinned out at random.
 """
 

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cells/files.h"
 #include "csrc/cells/record.h"
 #include "csrc/cells/table_format.h"
 
@@ -22,7 +21,9 @@ class TableBuilder {
     void add(const Record& record, uint64_t number, uint64_t offset);
     // After the last record: the checks that are left. Throws InputError.
     void finish();
-    void write(WholeFile& file) const;
+    // Hands the table over piece by piece; the header comes last. Throws what `write` throws.
+    using Write = std::function<void(uint64_t offset, const void* data, size_t size)>;
+    void write(const Write& write) const;
 
     uint64_t records() const { return records_; }
     size_t cells() const { return cells_.size(); }

@@ -47,7 +47,7 @@ class TableBuilder {
     std::vector<GraphSlot> index_graphs() const;
     const Entry& entry(uint32_t i) const { return entries_[i / kChunk][i % kChunk]; }
 
-    static constexpr uint32_t kChunk = 1 << 16;
+    static constexpr uint32_t kChunk = 1 << 10;
     static constexpr uint32_t kEnd = ~uint32_t{0};
     std::vector<std::unique_ptr<Entry[]>> entries_;  // in chunks: no copy doubles the memory
     uint64_t records_ = 0;

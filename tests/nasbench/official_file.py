@@ -70,10 +70,9 @@ def record(hash: str, epochs: int, matrix: str, ops: str, message: bytes) -> byt
 
 
 def write_file(path: Path, cells: int, epochs: Sequence[int], repeats: int, seed: int) -> None:
-    """A valid file of the first cells of the enumeration in random order; every number is a float32."""
+    """A valid file of random cells in random order; every number is a float32."""
     space = enumerate_cells()
-    order = list(range(min(cells, len(space))))
-    random.Random(seed).shuffle(order)
+    order = random.Random(seed).sample(range(len(space)), cells)
     rng = np.random.default_rng(seed)
     pending: list[bytes] = []
     with open(path, "wb") as file:

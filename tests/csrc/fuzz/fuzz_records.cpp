@@ -65,12 +65,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             }
         } else {
             size_t at = 0;
-            RecordFile file([&](void* into, size_t wanted) {
-                const size_t part = std::min(wanted, text.size() - at);
-                std::memcpy(into, text.data() + at, part);
-                at += part;
-                return part;
-            });
+            RecordFile file(
+                [&](void* into, size_t wanted) {
+                    const size_t part = std::min(wanted, text.size() - at);
+                    std::memcpy(into, text.data() + at, part);
+                    at += part;
+                    return part;
+                },
+                2 * RecordFile::kLongest);
             for (std::string_view found; file.next(found);) {
                 const Record record = parser.parse(found);
                 builder.add(record, file.number(), file.offset());

@@ -21,7 +21,7 @@ InputError bad_record(uint64_t number, uint64_t offset, const std::string& why) 
 // Writes sections one after another and sums up blocks on the way.
 class BlockWriter {
   public:
-    explicit BlockWriter(WholeFile& file) : file_(file) { block_.reserve(kBlockSize); }
+    explicit BlockWriter(const TableBuilder::Write& write) : write_(write) { block_.reserve(kBlockSize); }
 
     void add(const void* data, size_t size) {
         const auto* bytes = static_cast<const uint8_t*>(data);
@@ -44,11 +44,11 @@ class BlockWriter {
   private:
     void flush() {
         checksums_.push_back(crc32c(block_.data(), kBlockSize));
-        file_.write(block_.data(), kBlockSize);
+        write_(offset_ - kBlockSize, block_.data(), kBlockSize);
         block_.clear();
     }
 
-    WholeFile& file_;
+    const TableBuilder::Write& write_;
     std::vector<uint8_t> block_;
     std::vector<uint32_t> checksums_;
     uint64_t offset_ = kHeaderSize;
@@ -170,7 +170,7 @@ void TableBuilder::finish() {
                          std::to_string(kMostRepeats) + " fit");
 }
 
-void TableBuilder::write(WholeFile& file) const {
+void TableBuilder::write(const Write& write) const {
     std::vector<uint32_t> order(epochs_.size()), rank(epochs_.size());  // epochs ascending
     for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
     std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return epochs_[a] < epochs_[b]; });
@@ -191,9 +191,7 @@ void TableBuilder::write(WholeFile& file) const {
     const TableLayout layout = layout_of(header);
     header.file_size = layout.file_size;
 
-    uint8_t head[kHeaderSize] = {};
-    file.write(head, kHeaderSize);  // filled in below
-    BlockWriter writer(file);
+    BlockWriter writer(write);
     writer.add(names_.data(), names_.size() * sizeof names_[0]);
     writer.pad(layout.graphs);
     writer.add(graphs.data(), graphs.size() * sizeof graphs[0]);
@@ -213,12 +211,13 @@ void TableBuilder::write(WholeFile& file) const {
     }
     writer.pad(layout.checksums);
     const std::vector<uint32_t>& checksums = writer.checksums();
-    file.write(checksums.data(), checksums.size() * sizeof checksums[0]);
+    write(layout.checksums, checksums.data(), checksums.size() * sizeof checksums[0]);
     header.checksums_crc = crc32c(checksums.data(), checksums.size() * sizeof checksums[0]);
+    uint8_t head[kHeaderSize] = {};
     std::memcpy(head, &header, sizeof header);
     const uint32_t crc = crc32c(head, kHeaderSize - sizeof crc);
     std::memcpy(head + kHeaderSize - sizeof crc, &crc, sizeof crc);
-    file.write_at(0, head, kHeaderSize);
+    write(0, head, kHeaderSize);
 }
 
 Converted convert(const std::string& from, const std::string& to, const std::function<void()>& poll) {
@@ -245,7 +244,7 @@ Converted convert(const std::string& from, const std::string& to, const std::fun
     } catch (const InputError& error) {
         throw InputError(from + ": " + error.what());
     }
-    builder.write(table);
+    builder.write([&](uint64_t offset, const void* data, size_t size) { table.write(offset, data, size); });
     table.commit();
     return {builder.records(), builder.cells()};
 }

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cells/files.h"
 #include "csrc/cells/record.h"
 #include "csrc/cells/table_format.h"
 
@@ -22,7 +21,9 @@ class TableBuilder {
     void add(const Record& record, uint64_t number, uint64_t offset);
     // After the last record: the checks that are left. Throws InputError.
     void finish();
-    void write(WholeFile& file) const;
+    // Hands the table over piece by piece; the header comes last. Throws what `write` throws.
+    using Write = std::function<void(uint64_t offset, const void* data, size_t size)>;
+    void write(const Write& write) const;
 
     uint64_t records() const { return records_; }
     size_t cells() const { return cells_.size(); }
@@ -46,7 +47,7 @@ class TableBuilder {
     std::vector<GraphSlot> index_graphs() const;
     const Entry& entry(uint32_t i) const { return entries_[i / kChunk][i % kChunk]; }
 
-    static constexpr uint32_t kChunk = 1 << 16;
+    static constexpr uint32_t kChunk = 1 << 10;
     static constexpr uint32_t kEnd = ~uint32_t{0};
     std::vector<std::unique_ptr<Entry[]>> entries_;  // in chunks: no copy doubles the memory
     uint64_t records_ = 0;

@@ -98,19 +98,14 @@ void WholeFile::fail(int error) const {
     throw InputError(path_ + ": could not be written (" + std::strerror(error) + ")");
 }
 
-void WholeFile::write(const void* data, size_t size) {
+void WholeFile::write(uint64_t offset, const void* data, size_t size) {
     const auto* bytes = static_cast<const char*>(data);
     while (size > 0) {
-        const ssize_t done = ::write(file_, bytes, size);
+        const ssize_t done = ::pwrite(file_, bytes, size, static_cast<off_t>(offset));
         if (done < 0 && errno == EINTR) continue;
         if (done < 0) fail(errno);
-        bytes += done, size -= static_cast<size_t>(done);
+        bytes += done, offset += static_cast<uint64_t>(done), size -= static_cast<size_t>(done);
     }
-}
-
-void WholeFile::write_at(uint64_t offset, const void* data, size_t size) {
-    if (::lseek(file_, static_cast<off_t>(offset), SEEK_SET) < 0) fail(errno);
-    write(data, size);
 }
 
 void WholeFile::commit() {

@@ -40,8 +40,7 @@ class WholeFile {
     WholeFile(const WholeFile&) = delete;
     WholeFile& operator=(const WholeFile&) = delete;
 
-    void write(const void* data, size_t size);
-    void write_at(uint64_t offset, const void* data, size_t size);
+    void write(uint64_t offset, const void* data, size_t size);
     void commit();
 
   private:

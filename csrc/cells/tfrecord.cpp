@@ -10,8 +10,6 @@ namespace spos::cells {
 namespace {
 
 constexpr size_t kHead = 12, kFoot = 4;
-constexpr size_t kLongest = 1 << 16;  // real records have some 400 bytes
-constexpr size_t kBuffer = 1 << 20;
 
 template <typename T>
 T load(const char* from) {
@@ -22,7 +20,7 @@ T load(const char* from) {
 
 }  // namespace
 
-RecordFile::RecordFile(Read read) : read_(std::move(read)), buffer_(kBuffer) {}
+RecordFile::RecordFile(Read read, size_t buffer) : read_(std::move(read)), buffer_(buffer) {}
 
 size_t RecordFile::fill(size_t size) {
     if (end_ - begin_ < size) {

@@ -14,7 +14,10 @@ using Read = std::function<size_t(void* into, size_t size)>;
 
 class RecordFile {
   public:
-    explicit RecordFile(Read read);
+    static constexpr size_t kLongest = 1 << 14;  // of a record's data, in bytes; real ones have some 400
+
+    // buffer: bytes to read at a time, more than kLongest by the frame at least.
+    explicit RecordFile(Read read, size_t buffer = 1 << 20);
 
     // The data of the next record, valid until the next call; false at the end of the file. Both sums are checked.
     // Throws InputError that says which check failed; the caller adds where.

@@ -81,8 +81,8 @@ class Cells:
 def enumerate_cells() -> Cells:
     """All 423,624 cells of NAS-Bench-101, each as the graph that the official enumeration meets first.
 
-    The order is that of generate_graphs.py of google-research/nasbench, too: by vertices, then by edges as a number, then
-    by operations. These are the graphs and the parameters that the published benchmark holds.
+    The order is that of generate_graphs.py of google-research/nasbench, too: by vertices, then by edges as a number,
+    then by operations. These are the graphs and the parameters that the published benchmark holds.
 
     Raises:
         ImportError: the native module was not built.

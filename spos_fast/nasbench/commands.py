@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spos_fast.errors import InputError
+from spos_fast.nasbench.batch import Cells
 from spos_fast.nasbench.cell import OPERATIONS
 
 
@@ -28,6 +29,56 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
         )
         command.arguments(sub)
         sub.set_defaults(run=command.run)
+
+
+def _enumerate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write them: .npz arrays, or .json in the form of the official generate_graphs.py",
+    )
+
+
+def _enumerate(options: argparse.Namespace) -> None:
+    import hashlib
+
+    from spos_fast.nasbench.batch import enumerate_cells
+
+    if options.out is not None and options.out.suffix not in (".npz", ".json"):
+        raise InputError(f"--out: expected a name that ends in .npz or .json, got {str(options.out)!r}")
+    cells = enumerate_cells()
+    digest = hashlib.sha256(b"".join(hash + b"\n" for hash in sorted(cells.hashes.tolist()))).hexdigest()
+    if options.out is not None:
+        _write_cells(options.out, cells)
+    print(f"{len(cells)} cells; sha256 of the sorted hashes, one a line: {digest}")
+
+
+def _write_cells(path: Path, cells: Cells) -> None:
+    """Write all cells, whole or not at all."""
+    import json
+    import os
+
+    import numpy as np
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.spos_fast_tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if path.suffix == ".npz":
+                np.savez(file, **vars(cells))
+            else:
+                graphs = {}
+                for i in np.argsort(cells.hashes).tolist():
+                    n = int(cells.vertices[i])
+                    graph = [cells.adjacency[i, :n, :n].tolist(), cells.ops[i, :n].tolist()]
+                    graphs[cells.hashes[i].decode()] = graph
+                file.write(json.dumps(graphs).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: could not be written ({error.strerror or error})") from None
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +195,7 @@ def _check_seed(value: int) -> None:
 
 
 COMMANDS = {
+    "enumerate": Command("list all 423,624 cells", _enumerate_arguments, _enumerate),
     "convert": Command("turn an official tfrecord into a table", _convert_arguments, _convert),
     "query": Command("all that a table holds on one cell", _query_arguments, _query),
     "stats": Command("the analysis of the paper on what a file holds, as one HTML report", _stats_arguments, _stats),

@@ -321,16 +321,13 @@ def _locality(found: Locality, results: CellResults) -> str:
         for a, b in zip(found.by_step, found.by_edit, strict=True)
     ]
     head = ("Distance", "Pairs, steps", "Accuracies", "Ranks", "Pairs, edits", "Accuracies", "Ranks")
-    share = (
-        ""
-        if results.complete
-        else f" The first is always in this file; pairs with a later one that is not do not count ({found.known:.1%} are in it)."
-    )
+    share = "" if results.complete else f" Of the later ones {found.known:.1%} are in this file, and only those count."
     note = (
         f"{found.walks:,} walks of {found.steps} steps, each from another cell of the file; a step adds or removes an "
-        f"edge or replaces an operation, and leads to another cell of the space. Pairs are of a walk's first cell and a later one.{share} Correlation of validation "
-        "accuracies, and of ranks, in which diverged trainings weigh no more than other bad ones. Intervals: 95%, by "
-        "resampling walks. Edits are counted in the walk's numbering of the vertices."
+        "edge or replaces an operation, and leads to another cell of the space. Pairs are of a walk's first cell and a "
+        f"later one.{share} Correlation of validation accuracies, and of their ranks, in which a diverged training "
+        "weighs no more than another bad one. Intervals: 95%, by resampling walks. Edits are counted in the walk's "
+        "numbering of the vertices."
     )
     return f"""<h2>Locality</h2>
 <div class="pair">{"".join(drawn)}</div>

@@ -39,7 +39,7 @@ class Locality:
 
     Attributes:
         walks, steps: number and length of the walks.
-        known: share of the visited cells that have an accuracy.
+        known: share of the cells after a walk's first that have an accuracy.
         by_step: between the first cell of a walk and the one after so many steps.
         by_edit: by the number of edits between those, counted in the walk's form of the cells: steps that undo each
             other do not count. Two cells may be nearer than that through another numbering of their vertices.
@@ -64,8 +64,8 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     """Random-walk autocorrelation of the validation accuracy.
 
     A walk begins at a cell drawn uniformly from those that are there, and every step is one random edit (an edge added
-    or removed, or an operation replaced) that leads to another cell of the space, drawn anew until it does. Pairs are of
-    a walk's first cell and a later one. The walk needs no accuracies, so it runs through the whole space also where
+    or removed, or an operation replaced) that leads to another cell of the space, drawn anew until it does. Pairs are
+    of a walk's first cell and a later one. The walk needs no accuracies, so it runs through the whole space also where
     only a sample is known; a pair counts where its later cell is known. For a uniform sample that estimates the same
     correlation from fewer pairs. A walk that comes back to its first cell is known for certain, where others are known
     by the share of the sample; it is weighted down accordingly.
@@ -97,7 +97,7 @@ def locality(results: CellResults, *, walks: int = 30_000, steps: int = 12, seed
     return Locality(
         len(rows),
         steps,
-        float(known.mean()),
+        float(known[:, 1:].mean()),
         [_estimate(gap, step_sums[gap], weights) for gap in range(1, steps + 1)],
         [_estimate(edits, edit_sums[edits], weights) for edits in range(1, steps + 1)],
     )

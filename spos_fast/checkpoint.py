@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spos_fast.errors import CheckpointError
 
 _FORMAT = "spos_fast_checkpoint"
@@ -48,6 +46,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it could not be written.
     """
+    import torch  # here, so that whole files can be written without torch
+
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, "version": _VERSION, **content}, buffer)
     write_whole(path, buffer.getvalue())
@@ -59,6 +59,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated or foreign file, or one of another version.
     """
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.nasbench.commands import add_subcommands
 
 DESCRIPTION = """\
 Single Path One-Shot architecture search (arXiv 1904.00420).
@@ -29,6 +30,7 @@ COMMANDS = {
     "retrain": "train the architectures that were found, and the baselines, as networks of their own",
     "report": "write report.html from what the run folder holds",
 }
+NASBENCH = "NAS-Bench-101: every cell, and the benchmark as a table"
 PRESET_NAMES = sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
 # Settings that a command shows; the ones of earlier stages come from the run folder.
 SECTIONS_OF = {
@@ -49,9 +51,12 @@ STAGES_OF = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
-        _run(options)
+        if given[:1] == ["nasbench"]:
+            _nasbench(given[1:])
+        else:
+            _run(_parser().parse_args(given))
     except (InputError, CheckpointError) as error:
         print(f"spos-fast: error: {error}", file=sys.stderr)
         return 2
@@ -59,6 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nspos-fast: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _nasbench(arguments: Sequence[str]) -> None:
+    # A parser of its own: that of the stages reads their settings, and with them imports torch.
+    parser = _Parser("spos-fast nasbench", description=NASBENCH + ".", allow_abbrev=False)
+    add_subcommands(parser)
+    options = parser.parse_args(arguments)
+    options.run(options)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -232,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])
+    commands.add_parser("nasbench", help=NASBENCH)  # for the list of commands; _nasbench takes what follows
     return parser
 
 

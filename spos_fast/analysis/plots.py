@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path as Outline
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from spos_fast.analysis.keys import DASHES, WIDTHS, row_style
+from spos_fast.analysis.drawing import SMALL, dots, new_figure, percent_ticks, short_number
+from spos_fast.analysis.keys import row_style
+from spos_fast.analysis.page import DASHES, WIDTHS
 from spos_fast.analysis.run_data import RunData, Scored
 from spos_fast.analysis.summary import (
     Row,
@@ -26,22 +27,16 @@ from spos_fast.analysis.summary import (
 from spos_fast.analysis.svg import COLOURS, DARK_ON, choice_colour, inline_svg
 from spos_fast.training import Metrics
 
-# Two of them stand side by side on a wide screen and fill a phone's.
-_WIDTH, _HEIGHT = 520, 330
-_SMALL = 11.5
-# Above this many dots, a picture is smaller than the drawing.
-_MOST_DOTS = 8000
-
 
 def search_curve(data: RunData) -> str:
     """Best accuracy so far against the number of candidates, with a faint dot for every candidate."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     phases = [("random search", "random", data.random_search), ("evolution", "evolution", data.evolution)]
     for _, colour, candidates in phases:
         if not candidates:
             continue
         numbers = np.arange(1, len(candidates) + 1)
-        _dots(axes, numbers, [c.accuracy for c in candidates], colour)
+        dots(axes, numbers, [c.accuracy for c in candidates], colour)
         best = best_so_far(candidates)
         shape = "line" if colour == "evolution" else "dashed"
         axes.plot(
@@ -65,11 +60,11 @@ def search_curve(data: RunData) -> str:
 
 def accuracy_against_macs(data: RunData) -> str:
     """Every candidate by cost and accuracy, the Pareto front, the best ones, and the allowed range of MACs."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     everything = (*data.evolution, *data.random_search)
     phases = [("random", data.random_search), ("evolution", data.evolution)]
     for colour, candidates in phases:
-        _dots(axes, [c.macs for c in candidates], [c.accuracy for c in candidates], colour, opacity=0.45)
+        dots(axes, [c.macs for c in candidates], [c.accuracy for c in candidates], colour, opacity=0.45)
     front = pareto_front(everything)
     axes.plot(
         [c.macs for c in front], [c.accuracy for c in front], drawstyle="steps-post", color=COLOURS["ink"], lw=1.2
@@ -88,7 +83,7 @@ def accuracy_against_macs(data: RunData) -> str:
         axes.axvline(value, color=COLOURS["muted"], lw=1.2, ls=(0, (2, 2)))
         axes.annotate(
             f"{name} {short_number(value)}", (value, 1.02), xycoords=("data", "axes fraction"), va="bottom",
-            ha="right" if name == "macs_max" else "left", fontsize=_SMALL - 1, color=COLOURS["muted"],
+            ha="right" if name == "macs_max" else "left", fontsize=SMALL - 1, color=COLOURS["muted"],
         )  # fmt: skip
     macs = [c.macs for c in everything] + [value for _, value in limits]
     margin = max((max(macs) - min(macs)) * 0.05, max(macs) * 0.01, 1)
@@ -121,7 +116,7 @@ def choice_map(data: RunData, rows: Sequence[Row]) -> str:
     figure = Figure(figsize=(width / 72, tall / 72), dpi=72)
     axes = figure.add_axes((left / width, 6 / tall, cell * layers / width, height * total / tall))
     axes.set(xlim=(0, layers), ylim=(total, 0), xticks=np.arange(layers) + 0.5, yticks=[])
-    axes.set_xticklabels([str(layer + 1) for layer in range(layers)], fontsize=_SMALL, color=COLOURS["muted"])
+    axes.set_xticklabels([str(layer + 1) for layer in range(layers)], fontsize=SMALL, color=COLOURS["muted"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -156,7 +151,7 @@ def training_curves(rows: Sequence[Metrics], name: str) -> tuple[str, str]:
     steps = [row.step for row in rows]
     out = []
     for quantity, values in (("loss", [row.loss for row in rows]), ("accuracy", [row.accuracy for row in rows])):
-        figure, axes = _figure(height=260)
+        figure, axes = new_figure(height=260)
         axes.plot(steps, values, color=COLOURS["evolution"], lw=1.8, marker="o" if len(rows) == 1 else "")
         _step_axis(axes, quantity, rows[-1].steps)
         description = f"Training {quantity} of the {name}: {values[-1]:.4g} at step {steps[-1]:,}."
@@ -172,7 +167,7 @@ def retraining_curves(rows: Sequence[Row], data: RunData) -> tuple[str, str]:
     trained = [(row, row.retrained.metrics) for row in rows if row.retrained and row.retrained.metrics]
     out = []
     for quantity in ("loss", "accuracy"):
-        figure, axes = _figure(height=330)
+        figure, axes = new_figure(height=330)
         settled: list[float] = []
         for row, metrics in trained:
             _, colour, shape = row_style(row, data)
@@ -192,58 +187,13 @@ def retraining_curves(rows: Sequence[Row], data: RunData) -> tuple[str, str]:
     return out[0], out[1]
 
 
-def short_number(value: float) -> str:
-    """A count with three digits and a unit: ``328 M``."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale * 0.9995:
-            scaled = value / scale
-            digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-            return f"{scaled:.{digits}f}\N{NO-BREAK SPACE}{unit}"
-    return f"{value:,.0f}"
-
-
-def _figure(height: int = _HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(COLOURS["muted"])
-    axes.tick_params(colors=COLOURS["muted"], labelcolor=COLOURS["ink"], labelsize=_SMALL, length=3)
-    axes.grid(axis="y", color=COLOURS["line"], lw=0.8)
-    axes.set_axisbelow(True)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(fontsize=_SMALL + 0.5, color=COLOURS["ink"])
-    axes.yaxis.labelpad = 9
-    return figure, axes
-
-
-def _dots(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float], colour: str, opacity: float = 0.35) -> None:
-    """A dot for every point: one path of round caps without length, a fifth of the size of as many markers."""
-    points = np.column_stack((np.asarray(x, dtype=float), np.asarray(y, dtype=float)))
-    points = points[np.isfinite(points).all(axis=1)]
-    if len(points) > _MOST_DOTS:
-        axes.scatter(points[:, 0], points[:, 1], s=14, color=COLOURS[colour], alpha=opacity, lw=0, rasterized=True)
-        return
-    if not len(points):
-        return
-    outline = Outline(np.repeat(points, 2, axis=0), [Outline.MOVETO, Outline.LINETO] * len(points))
-    outline.should_simplify = False
-    size = 4.5 if len(points) <= 500 else 3.6
-    axes.add_patch(
-        PathPatch(outline, fill=False, ec=COLOURS[colour], lw=size, alpha=opacity, capstyle="round", zorder=1.5)
-    )
-
-
 def _accuracy_axis(axes: Axes, candidates: Sequence[Scored]) -> None:
     values = [c.accuracy for c in candidates if math.isfinite(c.accuracy)] or [0.0]
     low, high = accuracy_floor(values), max(values)
     margin = max((high - low) * 0.06, 0.004)
     axes.set_ylim(low - margin, high + margin)
     axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(_percent_ticks())
-
-
-def _percent_ticks() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+    axes.yaxis.set_major_formatter(percent_ticks())
 
 
 def _step_axis(axes: Axes, quantity: str, steps: int) -> None:
@@ -253,13 +203,13 @@ def _step_axis(axes: Axes, quantity: str, steps: int) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(f"training {quantity}")
     if quantity == "accuracy":
-        axes.yaxis.set_major_formatter(_percent_ticks())
+        axes.yaxis.set_major_formatter(percent_ticks())
 
 
 def _row_label(axes: Axes, y: float, text: str, muted: bool = False) -> None:
     text = text if len(text) <= 22 else text[:21] + "…"
     axes.text(
-        -0.15, y + 0.5, text, ha="right", va="center", fontsize=_SMALL, color=COLOURS["muted" if muted else "ink"],
+        -0.15, y + 0.5, text, ha="right", va="center", fontsize=SMALL, color=COLOURS["muted" if muted else "ink"],
         parse_math=False,
     )  # fmt: skip
 
@@ -268,9 +218,7 @@ def _cell(axes: Axes, layer: int, y: float, colour: str, opacity: float, text: s
     box = (layer + 0.03, y + 0.06)
     axes.add_patch(Rectangle(box, 0.94, 0.88, fc=COLOURS[colour], lw=0, alpha=max(opacity, 0.04)))
     if text:
-        axes.text(
-            layer + 0.5, y + 0.53, text, ha="center", va="center", fontsize=_SMALL - 1, color=COLOURS[text_colour]
-        )
+        axes.text(layer + 0.5, y + 0.53, text, ha="center", va="center", fontsize=SMALL - 1, color=COLOURS[text_colour])
 
 
 def _percent(value: float) -> str:

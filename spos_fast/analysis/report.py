@@ -12,21 +12,21 @@ import torch
 
 import spos_fast
 from spos_fast.analysis.commands import again_commands, stage_command
-from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, choice_key, figure_key, row_style
+from spos_fast.analysis.drawing import short_number
+from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, choice_key, row_style
+from spos_fast.analysis.page import card, document, figure_key
+from spos_fast.analysis.page import tiles as page_tiles
 from spos_fast.analysis.plots import (
     accuracy_against_macs,
     choice_map,
     retraining_curves,
     search_curve,
-    short_number,
     training_curves,
 )
 from spos_fast.analysis.run_data import RunData, read_run
 from spos_fast.analysis.summary import Row, accuracy_floor, comparison, wilson_interval
 from spos_fast.analysis.tables import comparison_table, interval_text, percent, settings_tables
 from spos_fast.checkpoint import write_whole
-
-STYLE = Path(__file__).with_name("report.css")
 
 
 def write_report(run: str | Path) -> Path:
@@ -59,23 +59,7 @@ def page(data: RunData) -> str:
         _retraining(data, rows),
         _settings(data),
     ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}: architecture search on {escape(data.config.data.name)}</title>
-<link rel="icon" href="data:,">
-<style>
-{STYLE.read_text()}</style>
-</head>
-<body>
-<main>
-{chr(10).join(section for section in sections if section)}
-</main>
-</body>
-</html>
-"""
+    return document(f"{name}: architecture search on {data.config.data.name}", sections)
 
 
 def _head(data: RunData, rows: Sequence[Row]) -> str:
@@ -148,12 +132,7 @@ def _tiles(data: RunData, rows: Sequence[Row]) -> str:
         speed = float(np.median([row.images_per_second for row in data.supernet]))
         speed_text = f", {speed:,.0f} images/s" if math.isfinite(speed) else ""
         tiles.append(("Supernet steps", f"{last.step:,}", f"of {last.steps:,}{speed_text}"))
-    cells = "".join(
-        f'<div><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="below">{escape(below)}</dd></div>'
-        for name, value, below in tiles
-    )
-    return f'<dl class="tiles">{cells}</dl>' if tiles else ""
+    return page_tiles(tiles)
 
 
 def _comparison(data: RunData, rows: Sequence[Row]) -> str:
@@ -186,13 +165,13 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     hidden += f" {nans:,} candidates have no accuracy." if nans else ""
     parts.append(
         '<div class="pair">'
-        + _figure(
+        + card(
             "Best so far",
             search_curve(data),
             "Lines: best validation accuracy so far. Dots: single candidates. Vertical lines: generations." + hidden,
             figure_key(SEARCH_KEY),
         )
-        + _figure(
+        + card(
             "Accuracy against cost",
             accuracy_against_macs(data),
             "Dots: candidates. The Pareto front joins those that none beats in both accuracy and MACs." + hidden,
@@ -203,7 +182,7 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     top = min(data.config.search.top_k, len(data.evolution))
     above = f"Above: share of every choice among the {top} best architectures of evolution, layer by layer. "
     caption = (above if top else "") + "Below: the compared architectures. Thick lines part the stages."
-    drawn = _figure("", choice_map(data, rows), caption, choice_key(data), wide=True)
+    drawn = card("", choice_map(data, rows), caption, choice_key(data), wide=True)
     parts.append(f"<h2>Which choice where</h2>{drawn}")
     return "\n".join(parts)
 
@@ -215,7 +194,7 @@ def _supernet(data: RunData) -> str:
         if last.step < last.steps:
             parts.append(_missing(f"Training is at step {last.step:,} of {last.steps:,}; to go on", data, "train"))
         loss, accuracy = training_curves(data.supernet, "supernet")
-        parts.append(f'<div class="pair">{_figure("Loss", loss)}{_figure("Accuracy", accuracy)}</div>')
+        parts.append(f'<div class="pair">{card("Loss", loss)}{card("Accuracy", accuracy)}</div>')
         note = "Means since the row before, on augmented training images, over uniformly sampled paths."
         parts.append(f'<p class="note">{note}</p>')
     elif data.config.search.supernet:
@@ -237,7 +216,7 @@ def _retraining(data: RunData, rows: Sequence[Row]) -> str:
         key = dict.fromkeys(row_style(row, data) for row in rows if row.retrained and row.retrained.metrics)
         steep = any(len(entry.metrics) >= 5 for entry in data.retrained)
         outside = " The steep beginning lies outside the axes." if steep else ""
-        parts.append(f'<div class="pair">{_figure("Loss", loss)}{_figure("Accuracy", accuracy)}</div>{figure_key(key)}')
+        parts.append(f'<div class="pair">{card("Loss", loss)}{card("Accuracy", accuracy)}</div>{figure_key(key)}')
         note = "On augmented images of the whole training part; the test images are seen once, at the end."
         parts.append(f'<p class="note">{note}{outside}</p>')
     return "\n".join(parts)
@@ -252,13 +231,6 @@ def _settings(data: RunData) -> str:
 <footer class="note">Seed {data.config.seed}. Written by spos_fast {escape(spos_fast.__version__)} with PyTorch
 {escape(torch.__version__)}. Method: Guo et al., Single Path One-Shot Neural Architecture Search with Uniform Sampling,
 <a href="https://arxiv.org/abs/1904.00420">arXiv 1904.00420</a>.</footer>"""
-
-
-def _figure(title: str, drawing: str, caption: str = "", below: str = "", wide: bool = False) -> str:
-    head = f"<h3>{escape(title)}</h3>" if title else ""
-    drawn = f'<div class="wide">{drawing}</div>' if wide else drawing
-    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="card">{head}{drawn}{below}{text}</figure>'
 
 
 def _missing(what: str, data: RunData, stage: str) -> str:

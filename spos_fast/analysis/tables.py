@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from spos_fast.analysis.drawing import short_number
 from spos_fast.analysis.keys import choice_cell, choice_key
-from spos_fast.analysis.plots import short_number
 from spos_fast.analysis.run_data import RunData, Scored, Tested
 from spos_fast.analysis.summary import Row, choice_tags, wilson_interval
 from spos_fast.config import SECTIONS, documented_fields, plain

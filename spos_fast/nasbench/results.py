@@ -1,0 +1,201 @@
+"""What is known about the cells of a benchmark file, as arrays: the input of the analysis and of the searches."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spos_fast.errors import InputError
+from spos_fast.nasbench.graphs import SIZE, Genes, cells_of
+
+if TYPE_CHECKING:
+    from spos_fast.nasbench.table import Table
+
+Floats = NDArray[np.float32]
+
+CELLS = 423_624  # in the whole space
+QUANTITIES = ("train", "validation", "test", "time")
+
+# Columns of the CSV form: one line a cell, one repeat, the training time of the longest budget.
+_COLUMNS = ("hash", "vertices", "edges", "adjacency_row_major", "interior_ops", "trainable_parameters")
+_TIME, _ACCURACY = "train_time_", "val_acc_"
+
+
+@dataclass(frozen=True, eq=False)
+class CellResults:
+    """Cells and what their trainings gave.
+
+    Attributes:
+        name: where they come from, for titles.
+        hashes: 32 hexadecimal digits a cell.
+        adjacency: uint8 ``[N, 7, 7]``; a smaller cell fills the first rows.
+        ops: int8 ``[N, 7]``: -1 input, 0 conv3x3, 1 conv1x1, 2 maxpool3x3, -2 output.
+        vertices: int8 ``[N]``.
+        params: trainable parameters, int64 ``[N]``.
+        epochs: budgets, ascending.
+        train, validation, test: accuracies at the end of training, float32 ``[N, epochs, repeats]``, NaN where unknown.
+        time: seconds of training, likewise.
+    """
+
+    name: str
+    hashes: Sequence[str]
+    adjacency: NDArray[np.uint8]
+    ops: NDArray[np.int8]
+    vertices: NDArray[np.int8]
+    params: NDArray[np.int64]
+    epochs: tuple[int, ...]
+    train: Floats
+    validation: Floats
+    test: Floats
+    time: Floats
+
+    def __len__(self) -> int:
+        """Number of cells."""
+        return len(self.hashes)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell of the space is there."""
+        return len(self) == CELLS
+
+    @property
+    def repeats(self) -> int:
+        """Trainings of every cell at every budget."""
+        return int(self.validation.shape[2])
+
+    def each(self, quantity: str, epochs: int | None = None) -> Floats:
+        """``[N, repeats]`` of one of :data:`QUANTITIES` at a budget (the longest by default)."""
+        budget = self.epochs.index(self.epochs[-1] if epochs is None else epochs)
+        values: Floats = getattr(self, quantity)[:, budget]
+        return values
+
+    def mean(self, quantity: str, epochs: int | None = None) -> NDArray[np.float64]:
+        """Mean over the known repeats of every cell: float64 ``[N]``, NaN where none is known."""
+        values = self.each(quantity, epochs).astype(np.float64)
+        known = np.isfinite(values)
+        total = np.where(known, values, 0).sum(1)
+        count = known.sum(1)
+        return np.divide(total, count, out=np.full(len(self), np.nan), where=count > 0)
+
+    def has(self, quantity: str, epochs: int | None = None) -> bool:
+        """Whether any cell has that quantity at that budget."""
+        return bool(np.isfinite(self.each(quantity, epochs)).any())
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Row of every hash."""
+        return {name: row for row, name in enumerate(self.hashes)}
+
+    def find(self, genes: Genes) -> NDArray[np.int64]:
+        """Rows of cells in gene form (see :mod:`spos_fast.nasbench.graphs`): int64 ``[M]``, -1 where the cell is not
+        there or outside the space.
+        """
+        from spos_fast.nasbench import hash_cells
+
+        row_of = self.row_of
+        return np.array([row_of.get(name or "", -1) for name in hash_cells(*cells_of(genes))], dtype=np.int64)
+
+
+def read_results(path: str | Path) -> CellResults:
+    """Read a converted table, an official tfrecord, or the CSV form (also gzipped).
+
+    Raises:
+        InputError: there is no such file, or it is none of these, or damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            begin = file.read(8)
+    except OSError as error:
+        raise InputError(f"{path}: could not be read ({error.strerror or error})") from None
+    if begin[:2] == b"\x1f\x8b" or begin[:4] == b"hash":
+        return _read_csv(path)
+    from spos_fast.nasbench.opening import open_any
+
+    return results_of(open_any(path), path.name)
+
+
+def results_of(table: Table, name: str) -> CellResults:
+    """The arrays of a table."""
+    arrays = table.to_numpy()
+    accuracy = {kind: arrays[f"{kind}_accuracy"][..., 1] for kind in ("train", "validation", "test")}
+    return CellResults(
+        name,
+        [entry.decode() for entry in arrays["hashes"].tolist()],
+        arrays["adjacency"],
+        arrays["ops"],
+        arrays["vertices"],
+        arrays["params"].astype(np.int64),
+        tuple(arrays["epochs"].tolist()),
+        accuracy["train"],
+        accuracy["validation"],
+        accuracy["test"],
+        arrays["training_time"][..., 1],
+    )
+
+
+def _read_csv(path: Path) -> CellResults:
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: could not be read ({' '.join(str(error).split())})") from None
+    rows = csv.reader(io.StringIO(text))
+    header = next(rows, [])
+    budgets = [int(name[len(_ACCURACY) :]) for name in header if name.startswith(_ACCURACY)]
+    timed = [name for name in header if name.startswith(_TIME)]
+    wanted = len(_COLUMNS) + len(timed) + len(budgets)
+    if len(header) != wanted or not budgets or budgets != sorted(budgets) or len(timed) != 1:
+        raise InputError(f"{path}: expected the columns {', '.join(_COLUMNS)}, {_TIME}N_s, {_ACCURACY}N, ...")
+    cells: list[Any] = []
+    for number, row in enumerate(rows, 2):
+        try:
+            cells.append(_csv_cell(row, wanted))
+        except ValueError as error:
+            raise InputError(f"{path}: line {number}: {error}") from None
+    if not cells:
+        raise InputError(f"{path}: holds no cells")
+    hashes, adjacency, ops, vertices, params, times, accuracies = zip(*cells, strict=True)
+    shape = (len(cells), len(budgets), 1)
+    unknown = np.full(shape, np.nan, dtype=np.float32)
+    time = unknown.copy()
+    time[:, -1, 0] = times
+    return CellResults(
+        path.name,
+        hashes,
+        np.array(adjacency, dtype=np.uint8),
+        np.array(ops, dtype=np.int8),
+        np.array(vertices, dtype=np.int8),
+        np.array(params, dtype=np.int64),
+        tuple(budgets),
+        unknown,
+        np.array(accuracies, dtype=np.float32).reshape(shape),
+        unknown,
+        time,
+    )
+
+
+def _csv_cell(row: list[str], wanted: int) -> tuple[Any, ...]:
+    if len(row) != wanted:
+        raise ValueError(f"has {len(row)} fields; expected {wanted}")
+    name, vertices, _, edges, inner, params, time, *accuracies = row
+    size = int(vertices)
+    labels = [int(op) for op in inner.split(",") if op]
+    if not 2 <= size <= SIZE or len(edges) != size * size or len(labels) != size - 2:
+        raise ValueError(f"{vertices} vertices, {len(edges)} entries and {len(labels)} operations do not make a cell")
+    if set(edges) - {"0", "1"} or set(labels) - {0, 1, 2}:
+        raise ValueError("expected 0 and 1 in the matrix, and operations 0, 1 and 2")
+    adjacency = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    adjacency[:size, :size] = np.frombuffer(edges.encode(), dtype=np.uint8).reshape(size, size) - ord("0")
+    ops = [-1, *labels, -2] + [0] * (SIZE - size)
+    return name, adjacency, ops, size, int(params), float(time), [float(value) for value in accuracies]

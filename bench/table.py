@@ -171,6 +171,8 @@ def speedup(case: Mapping[str, Any]) -> str:
         return NO_KERNEL
     if case["verdict"] != GREEN:
         return f"not shown ({case['verdict']})"
+    if "best_peer" not in case:
+        return "no peer"
     ratio = case["ratios"][case["best_peer"]]
     return f"{ratio['median']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
 

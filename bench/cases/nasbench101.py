@@ -1,8 +1,12 @@
-"""NAS-Bench-101 cells, on the CPU."""
+"""NAS-Bench-101 on the CPU, one core, beside the official algorithm in plain Python."""
 
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,60 +14,204 @@ import torch
 from numpy.typing import NDArray
 
 from bench.peers import nasbench101 as peers
-from bench.registry import OURS, Case
-from spos_fast.nasbench import OPERATIONS, hash_cell
+from bench.registry import OURS, Bind, Case
+from spos_fast.nasbench import Cells, Table, enumerate_cells, hash_cell, hash_cells
+from spos_fast.nasbench.api import ModelSpec, NASBench
+from tests.nasbench.official_file import write_file
 
-CELLS = 200
-Cell = tuple[NDArray[np.uint8], list[int]]
-
-
-def random_cells(count: int) -> list[Cell]:
-    """Cells of 7 vertices and 9 edges at most that have a path from input to output, as the official notebook draws."""
-    rng = random.Random(0)
-    cells: list[Cell] = []
-    while len(cells) < count:
-        matrix = np.zeros((7, 7), dtype=np.uint8)
-        for vertex in range(7):
-            for other in range(vertex + 1, 7):
-                matrix[vertex, other] = rng.random() < 0.5
-        labels = [-1, *(rng.randrange(3) for _ in range(5)), -2]
-        pruned = peers.prune(matrix, labels)
-        if pruned is not None and pruned[0].sum() <= 9:
-            cells.append((matrix, labels))
-    return cells
+BATCH, RECORDED = 2_000, 1_000  # cells of a batch; cells of the made-up file, three records each
 
 
 def cases(device: str) -> list[Case]:
-    """Hashes, one cell at a time."""
+    """Hash, enumeration, loading, one query and many."""
     if device != "cpu":
         return []
-
-    def inputs(where: torch.device) -> list[Cell]:
-        return random_cells(CELLS)
-
-    def ours(cells: list[Cell]) -> Any:
-        named = [
-            (matrix, ["input", *(OPERATIONS[label] for label in labels[1:-1]), "output"]) for matrix, labels in cells
-        ]
-        return lambda: [hash_cell(matrix, names) for matrix, names in named]
-
+    engine = "tests/nasbench/test_cell.py", "tests/nasbench/test_batch.py"
+    table = "tests/nasbench/test_table.py", "tests/nasbench/test_api.py"
+    count = f"{RECORDED:,} cells"
     return [
-        Case(
-            op="NAS-Bench-101 hash",
-            shape=f"{CELLS} cells, one by one",
-            dtype="uint8",
-            device=device,
-            bytes=0,
-            flops=0,
-            inputs=inputs,
-            contenders={
-                OURS: ours,
-                "plain Python": lambda cells: lambda: [peers.hash_cell(*cell) for cell in cells],
-            },
-            tests=("tests/nasbench/test_cell.py",),
-            tolerance=0.0,
-            items=CELLS,
-            unit="cells",
-            headline=True,
-        )
+        _case("hash", f"{BATCH:,} cells at once", BATCH, "cells", _cells, _hash, _hash_plain, engine),
+        _case("hash", "200 cells, one by one", 200, "cells", _few_cells, _hash_one_by_one, _hash_plain, engine),
+        _case("enumerate", "up to 5 vertices", 2_532, "cells", lambda where: 5, _enumerate, _enumerate_plain, engine),
+        _case("enumerate", "up to 7 vertices", 423_624, "cells", lambda where: 7, _enumerate, None, engine),
+        _case("convert", f"{3 * RECORDED:,} records", 3 * RECORDED, "records", _recorded, _convert, _load_plain, table),
+        _case("open", count, 1, "files", _recorded, _open, _open_plain, table),
+        _case("query", "100 cells, one by one", 100, "queries", _recorded, _query, _query_plain, table),
+        _case("lookup", f"{count} at once", RECORDED, "cells", _recorded, _lookup, _lookup_plain, table),
     ]
+
+
+def _case(
+    what: str,
+    shape: str,
+    items: int,
+    unit: str,
+    inputs: Callable[[torch.device], Any],
+    ours: Bind,
+    plain: Bind | None,
+    tests: tuple[str, ...],
+) -> Case:
+    return Case(
+        op=f"NAS-Bench-101 {what}",
+        shape=shape,
+        dtype="uint8",
+        device="cpu",
+        bytes=0,
+        flops=0,
+        inputs=inputs,
+        contenders={OURS: ours} | ({"plain Python": plain} if plain else {}),
+        tests=tests,
+        tolerance=0.0,
+        items=items,
+        unit=unit,
+        headline=plain is not None,
+        note="" if plain else "the official enumeration takes minutes; see the smaller one beside it",
+    )
+
+
+def _cells(where: torch.device, count: int = BATCH) -> Cells:
+    space = enumerate_cells()
+    at = np.random.default_rng(0).choice(len(space), count, replace=False)
+    return Cells(space.hashes[at], space.adjacency[at], space.ops[at], space.vertices[at], space.params[at])
+
+
+def _few_cells(where: torch.device) -> Cells:
+    return _cells(where, 200)
+
+
+def _small(cells: Cells) -> list[tuple[NDArray[np.uint8], list[int]]]:
+    """Matrices and labels without what lies behind smaller cells."""
+    sizes = [int(count) for count in cells.vertices]
+    return [(cells.adjacency[i, :n, :n], cells.ops[i, :n].tolist()) for i, n in enumerate(sizes)]
+
+
+def _named(labels: list[int]) -> list[str]:
+    return ["input", *(peers.OPERATIONS[label] for label in labels[1:-1]), "output"]
+
+
+def _hash(cells: Cells) -> Any:
+    return lambda: hash_cells(cells.adjacency, cells.ops, cells.vertices)
+
+
+def _hash_one_by_one(cells: Cells) -> Any:
+    named = [(matrix, _named(labels)) for matrix, labels in _small(cells)]
+    return lambda: [hash_cell(matrix, ops) for matrix, ops in named]
+
+
+def _hash_plain(cells: Cells) -> Any:
+    small = _small(cells)
+    return lambda: [peers.hash_cell(*cell) for cell in small]
+
+
+def _enumerate(vertices: int) -> Any:
+    return lambda: [name.decode() for name in enumerate_cells(vertices).hashes.tolist()]
+
+
+def _enumerate_plain(vertices: int) -> Any:
+    return lambda: peers.enumerate_hashes(vertices)
+
+
+@dataclass
+class _File:
+    """A made-up official file of random cells and what was asked of it; the folder goes when this does."""
+
+    folder: tempfile.TemporaryDirectory[str]
+    cells: list[tuple[NDArray[np.int64], list[str]]]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name) / "only108.tfrecord"
+
+    @property
+    def table(self) -> Path:
+        return Path(self.folder.name) / "table"
+
+
+def _recorded(where: torch.device) -> _File:
+    given = _File(tempfile.TemporaryDirectory(prefix="spos_fast_"), [])
+    write_file(given.path, RECORDED, (108,), 3, seed=0)
+    with Table.convert(given.path, given.table) as table:
+        for row in range(len(table)):
+            adjacency, ops, _ = table.row(row)
+            given.cells.append((adjacency.astype(np.int64), ops))
+    return given
+
+
+def _convert(given: _File) -> Any:
+    out = given.table.with_name("again")
+
+    def run() -> list[Any]:
+        with Table.convert(given.path, out) as table:
+            return [len(table), table.hash(0), list(table.metrics(0) or ())]
+
+    return run
+
+
+def _read_plain(loaded: tuple[dict[str, Any], dict[str, Any]]) -> list[Any]:
+    fixed, computed = loaded
+    first = next(iter(fixed))
+    point = computed[first][108][0]
+    metrics = ("training_time", "train_accuracy", "validation_accuracy", "test_accuracy")
+    return [len(fixed), first, [point[f"final_{metric}"] for metric in metrics]]
+
+
+def _load_plain(given: _File) -> Any:
+    return lambda: _read_plain(peers.load(given.path))
+
+
+def _open_plain(given: _File) -> Any:
+    return lambda: [len(peers.load(given.path)[0])]
+
+
+def _open(given: _File) -> Any:
+    def run() -> list[int]:
+        with Table.open(given.table) as table:
+            return [len(table)]
+
+    return run
+
+
+def _query(given: _File) -> Any:
+    bench = NASBench(given.table)
+
+    def run() -> list[Any]:
+        random.seed(0)
+        return [_answer(bench.query(ModelSpec(matrix, ops))) for matrix, ops in given.cells[:100]]
+
+    return run
+
+
+def _query_plain(given: _File) -> Any:
+    loaded = peers.load(given.path)
+
+    def run() -> list[Any]:
+        random.seed(0)
+        return [_answer(peers.query(*loaded, matrix, ops)) for matrix, ops in given.cells[:100]]
+
+    return run
+
+
+def _answer(data: dict[str, Any]) -> tuple[Any, ...]:
+    return data["trainable_parameters"], data["training_time"], data["test_accuracy"]
+
+
+def _lookup(given: _File) -> Any:
+    table = Table.open(given.table)
+    everything = table.to_numpy()
+
+    def run() -> list[Any]:
+        found = table.lookup(everything["adjacency"], everything["ops"], everything["vertices"])
+        return found["test_accuracy"].tolist()
+
+    return run
+
+
+def _lookup_plain(given: _File) -> Any:
+    _, computed = peers.load(given.path)
+    cells = [(matrix, [-1, *(peers.OPERATIONS.index(op) for op in ops[1:-1]), -2]) for matrix, ops in given.cells]
+
+    def run() -> list[Any]:
+        names = [peers.hash_cell(*cell) for cell in cells]
+        return [[point["final_test_accuracy"] for point in computed[name][108]] for name in names if name]
+
+    return run

@@ -6,8 +6,11 @@ Written from the rules, with the same data structures as the official code: nump
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
+import itertools
 import json
+import random
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+OPERATIONS = ("conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3")
 
 
 def prune(matrix: NDArray[Any], labels: Sequence[int]) -> tuple[NDArray[Any], list[int]] | None:
@@ -60,6 +65,41 @@ def hash_cell(matrix: NDArray[Any], labels: Sequence[int]) -> str | None:
     """Pruned and hashed."""
     pruned = prune(matrix, labels)
     return None if pruned is None else hash_module(*pruned)
+
+
+def enumerate_hashes(most_vertices: int) -> list[str]:
+    """Hashes of all cells of 2 to ``most_vertices`` vertices and at most nine edges (scripts/generate_graphs.py)."""
+    found: dict[str, None] = {}
+    for count in range(2, most_vertices + 1):
+        for bits in range(1 << (count * (count - 1) // 2)):
+            matrix = np.zeros((count, count), dtype=np.int8)
+            for target in range(1, count):
+                for source in range(target):
+                    matrix[source, target] = bits >> (source + target * (target - 1) // 2) & 1
+            rows, columns = matrix.sum(axis=1), matrix.sum(axis=0)
+            if not (rows[:-1].all() and columns[1:].all()) or rows.sum() > 9:
+                continue
+            for inner in itertools.product(range(3), repeat=count - 2):
+                found.setdefault(hash_module(matrix, [-1, *inner, -2]))
+    return list(found)
+
+
+def query(
+    fixed: dict[str, dict[str, Any]],
+    computed: dict[str, dict[int, list[dict[str, float]]]],
+    matrix: NDArray[Any],
+    ops: Sequence[str],
+    epochs: int = 108,
+) -> dict[str, Any]:
+    """One query as the official API answers it: prune, hash, copy both dictionaries, draw a repeat."""
+    pruned = prune(matrix, [-1, *(OPERATIONS.index(op) for op in ops[1:-1]), -2])
+    if pruned is None:
+        raise KeyError(None)
+    name = hash_module(*pruned)
+    statistics, repeats = copy.deepcopy(fixed[name]), copy.deepcopy(computed[name])
+    point = repeats[epochs][random.randint(0, 2)]
+    metrics = ("training_time", "train_accuracy", "validation_accuracy", "test_accuracy")
+    return {**statistics, **{metric: point[f"final_{metric}"] for metric in metrics}}
 
 
 def records(path: str | Path) -> Iterator[bytes]:

@@ -147,12 +147,12 @@ py::list hash_batch(const Batch& batch) {
     return result;
 }
 
-// (hashes S32 [N], adjacency [N, 7, 7], ops [N, 7], vertices [N], params [N])
-py::tuple enumerate() {
+// Cells of at most that many vertices: (hashes S32 [N], adjacency [N, 7, 7], ops [N, 7], vertices [N], params [N])
+py::tuple enumerate(int most_vertices) {
     Enumeration all;
     {
         py::gil_scoped_release release;
-        all = enumerate_cells();
+        all = enumerate_cells(most_vertices);
     }
     const auto n = static_cast<py::ssize_t>(all.cells.size());
     py::array hashes(py::dtype("S32"), std::vector<py::ssize_t>{n});

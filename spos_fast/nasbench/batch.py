@@ -78,16 +78,22 @@ class Cells:
         return len(self.hashes)
 
 
-def enumerate_cells() -> Cells:
+def enumerate_cells(vertices: int = VERTICES) -> Cells:
     """All 423,624 cells of NAS-Bench-101, each as the graph that the official enumeration meets first.
 
     The order is that of generate_graphs.py of google-research/nasbench, too: by vertices, then by edges as a number,
     then by operations. These are the graphs and the parameters that the published benchmark holds.
 
+    Args:
+        vertices: of the largest cells wanted, 2 to 7.
+
     Raises:
+        InputError: another number of vertices.
         ImportError: the native module was not built.
     """
-    return Cells(*native.cells().enumerate())
+    if not 2 <= vertices <= VERTICES:
+        raise InputError(f"vertices must be 2 to {VERTICES}, got {vertices}")
+    return Cells(*native.cells().enumerate(vertices))
 
 
 def checked_batch(

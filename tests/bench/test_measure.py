@@ -159,6 +159,14 @@ def test_ops_to_come_show_their_peers_only():
     assert run.NO_KERNEL in table.markdown(record_of(case), headline=False)
 
 
+def test_a_case_without_a_peer_has_no_ratio():
+    """What no peer can do in reasonable time is shown as such."""
+    _, sleeper = toy()
+    case = measured(contenders={OURS: sleeper(0.002)})
+    assert case["verdict"] == "green" and table.speedup(case) == "no peer"
+    assert "no peer" in table.line(case) and "no peer" in table.markdown(record_of(case), headline=True)
+
+
 def test_a_budget_leaves_cases_out_by_name(tmp_path, monkeypatch):
     """Nothing is dropped silently; the file holds what was measured."""
     monkeypatch.setattr(measure, "roofs", lambda device: ROOF)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench.cases.nasbench101 import random_cells
 from bench.peers import batchnorm, nasbench101, quantization
 
 
@@ -48,11 +47,19 @@ def test_nasbench_loader_reads_the_official_format(shared_data):
         assert 227_274 <= statistics["trainable_parameters"] <= 49_979_274
 
 
-def test_random_cells_are_in_the_space():
-    """At most nine edges after pruning, always the same cells."""
-    cells = random_cells(20)
-    assert all(nasbench101.prune(*cell)[0].sum() <= 9 for cell in cells)
-    assert all((a[0] == b[0]).all() and a[1] == b[1] for a, b in zip(cells, random_cells(20), strict=True))
+def test_nasbench_enumeration_finds_every_cell():
+    """91 cells of up to four vertices, 2,532 of up to five: the published counts."""
+    assert len(nasbench101.enumerate_hashes(4)) == 91
+    assert len(set(nasbench101.enumerate_hashes(5))) == 2_532
+
+
+def test_nasbench_query_answers_one_of_three_repeats(shared_data):
+    """What it gives was in the file."""
+    fixed, computed = nasbench101.load(shared_data / "nasbench101" / "mini_only108_53cells.tfrecord")
+    name, statistics = next(iter(fixed.items()))
+    answer = nasbench101.query(fixed, computed, statistics["module_adjacency"], statistics["module_operations"])
+    assert answer["test_accuracy"] in [point["final_test_accuracy"] for point in computed[name][108]]
+    assert answer["trainable_parameters"] == statistics["trainable_parameters"]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -24,7 +24,7 @@ def test_cases_have_unique_names_and_tests():
             case.op for case in found
         }
         for case in found:
-            assert len(case.contenders) >= 2 or OURS not in case.contenders, case.name
+            assert len(case.contenders) >= 2 or OURS not in case.contenders or "takes minutes" in case.note, case.name
             assert case.device == device
             for test in case.tests:
                 assert (ROOT / test.partition("::")[0]).exists(), test

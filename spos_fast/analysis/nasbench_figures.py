@@ -178,7 +178,12 @@ def regret_figure(
         axes.fill_between(grid, low, high, color=COLOURS[colour], alpha=0.2, lw=0)
         _line(axes, grid, middle, colour, shape)
     axes.set(xscale="log", yscale="log", xlabel="simulated seconds of training", ylabel=label)
-    axes.set_xlim(grid[0], grid[-1])
+    medians = np.array([quantiles[0.5] for _, _, _, quantiles in series])
+    if np.isfinite(medians).any():
+        # From the first median on; bands that begin with a diverged training leave the axis.
+        axes.set_xlim(left=grid[np.isfinite(medians).any(0).argmax()])
+        axes.set_ylim(top=1.3 * np.nanmax(medians))
+    axes.set_xlim(right=grid[-1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     ends = ", ".join(f"{title} {100 * quantiles[0.5][-1]:.3f} points" for title, _, _, quantiles in series)
     return inline_svg(figure, name, f"{label} against simulated seconds; median at the end: {ends}.")

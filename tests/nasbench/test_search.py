@@ -77,6 +77,21 @@ def test_spos_trains_no_cell_twice(small_space: CellResults, monkeypatch: pytest
         assert len(np.unique(kept)) == len(kept)
 
 
+def test_official_draws(small_space: CellResults, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a complete benchmark random cells are drawn as in the official notebook, which meets small cells more often;
+    over a sample evenly. Either way genes and rows belong together."""
+    for complete in (True, False):
+        if complete:
+            monkeypatch.setattr("spos_fast.nasbench.results.CELLS", len(small_space))
+        else:
+            monkeypatch.undo()
+        bench = search._Bench(small_space, 1.0, 0)
+        genes, rows = bench.random(4000)
+        assert np.array_equal(small_space.find(genes), rows)
+        small = (small_space.vertices[rows] <= 3).mean()
+        assert small > 0.1 if complete else small < 0.02
+
+
 def test_mutation() -> None:
     """Edges flip with probability 1/7; an operation becomes another one with probability 1/5, either equally often."""
     genes = np.zeros((20_000, 26), dtype=np.int8)

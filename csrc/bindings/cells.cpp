@@ -185,12 +185,14 @@ py::array_t<int32_t> count_parameters(const Batch& batch) {
 
 class OpenTable {
   public:
-    explicit OpenTable(const std::string& path) : table_(std::make_unique<Table>(Table::open(path))) {}
+    explicit OpenTable(const std::string& path) : table_(std::make_shared<Table>(Table::open(path))) {}
 
     const Table& get() const {
         if (!table_) throw InputError("the table was closed");
         return *table_;
     }
+    // For work without the GIL: another thread may close the table meanwhile.
+    std::shared_ptr<const Table> share() const { return get(), table_; }
     void close() { table_.reset(); }
 
     uint32_t row(py::ssize_t index) const {
@@ -245,12 +247,13 @@ class OpenTable {
     }
 
   private:
-    std::unique_ptr<Table> table_;
+    std::shared_ptr<const Table> table_;
 };
 
 // Metric by metric [..., epochs, repeats, points] out of rows of [epochs, repeats, points, metrics].
 py::dict to_numpy(const OpenTable& open) {
-    const Table& table = open.get();
+    const auto shared = open.share();
+    const Table& table = *shared;
     const auto n = static_cast<py::ssize_t>(table.size());
     const auto epochs = static_cast<py::ssize_t>(table.epochs().size()), repeats = py::ssize_t{table.repeats()};
     py::array hashes(py::dtype("S32"), std::vector<py::ssize_t>{n});
@@ -291,7 +294,8 @@ py::dict to_numpy(const OpenTable& open) {
 // Rows [N] and metrics [N, repeats] of cells at one number of epochs; -1 and NaN for a cell that is not there.
 py::dict lookup(const OpenTable& open, const Batch& batch, py::ssize_t epochs, bool halfway) {
     batch.check();
-    const Table& table = open.get();
+    const auto shared = open.share();
+    const Table& table = *shared;
     const int epoch = table.epoch_index(epochs);
     if (epoch < 0) throw py::value_error("no such epochs");
     const auto n = static_cast<py::ssize_t>(batch.size()), repeats = py::ssize_t{table.repeats()};
@@ -388,7 +392,11 @@ PYBIND11_MODULE(_cells, module) {
                std::optional<Array<int32_t>> vertices, py::ssize_t epochs,
                bool halfway) { return lookup(self, {adjacency, ops, std::move(vertices)}, epochs, halfway); },
             py::arg("adjacency"), py::arg("ops"), py::arg("vertices"), py::arg("epochs"), py::arg("halfway"))
-        .def(
-            "verify", [](const OpenTable& self) { self.get().verify(); }, py::call_guard<py::gil_scoped_release>())
+        .def("verify",
+             [](const OpenTable& self) {
+                 const auto table = self.share();
+                 py::gil_scoped_release release;
+                 table->verify();
+             })
         .def("close", &OpenTable::close);
 }

@@ -24,14 +24,14 @@ struct Lanes {
     static Vector h(Vector b, Vector c, Vector d) { return b ^ c ^ d; }
     static Vector i(Vector b, Vector c, Vector d) { return c ^ (b | ~d); }
     static void transpose(const Vector (&rows)[4], Vector* columns) {
-        const Vector a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
-        const Vector b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
-        const Vector c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
-        const Vector d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
-        columns[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-        columns[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-        columns[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-        columns[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+        const Vector a = SPOS_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5);
+        const Vector b = SPOS_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+        const Vector c = SPOS_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+        const Vector d = SPOS_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+        columns[0] = SPOS_SHUFFLE(a, b, 0, 1, 4, 5);
+        columns[1] = SPOS_SHUFFLE(a, b, 2, 3, 6, 7);
+        columns[2] = SPOS_SHUFFLE(c, d, 0, 1, 4, 5);
+        columns[3] = SPOS_SHUFFLE(c, d, 2, 3, 6, 7);
     }
     static void load_block(const uint8_t* rows, Vector* words);
     static void store_digests(uint8_t* to, Vector a, Vector b, Vector c, Vector d) {

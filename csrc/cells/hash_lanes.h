@@ -19,6 +19,13 @@
 #define SPOS_TARGET_END SPOS_PRAGMA(GCC pop_options)
 #endif
 
+// GCC knows Clang's name only since version 12.
+#ifdef __clang__
+#define SPOS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SPOS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, __typeof__(a){__VA_ARGS__})
+#endif
+
 namespace spos::cells {
 
 // The hash of one vertex: as text, which the next round hashes, and as a number, which orders as the text does.

@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, help="seconds after which no further case is begun")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
     parser.add_argument(
-        "--junit", type=Path, help="pytest's JUnit file of a run on this machine; the tests are not run again then"
+        "--junit",
+        type=Path,
+        action="append",
+        help="pytest's JUnit file of a run on this machine; the tests are not run again then",
     )
     parser.add_argument(
         "--out",
@@ -51,8 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads < 1:
             parser.error(f"--threads: got {options.threads}; expected 1 or more")
         torch.set_num_threads(options.threads)
-    if options.junit is not None and not options.junit.is_file():
-        parser.error(f"--junit: there is no file {options.junit}")
+    for report in options.junit or []:
+        if not report.is_file():
+            parser.error(f"--junit: there is no file {report}")
+        newer = verify.older_than_code(report)
+        if newer is not None:
+            parser.error(f"--junit: {report} is older than {newer}; run the tests again")
     chosen = [case for case in registry.cases(kind) if _wanted(case.name, options.only)]
     if not chosen:
         parser.error(f"--only: no case's name holds {' or '.join(map(repr, options.only))}; see --list")
@@ -61,14 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     folder = options.out or (None if options.only else RESULTS)
     tests = {test for case in chosen for test in case.tests}
-    if options.junit is None:
+    if not options.junit:
         print(f"running the tests of {len(chosen)} cases first ...", flush=True)
     verdicts = verify.verdicts(options.junit, tests) if options.junit else verify.run_tests(tests)
+    latest: dict[str, Any] = {}
 
     def on_case(record: dict[str, Any], case: dict[str, Any]) -> None:
+        latest.update(record)
         print(table.line(case), flush=True)
         if folder is not None:
-            run.write(record, folder)
+            run.write(record, folder, complete=False)
 
     try:
         record = run.run(
@@ -81,12 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
             on_case=on_case,
         )
     except KeyboardInterrupt:
-        print("\ninterrupted; cases measured so far are kept" if folder else "\ninterrupted", file=sys.stderr)
+        if latest:
+            print(f"\n{table.full(latest)}", flush=True)
+        kept = f"; what was measured is in {run.write(latest, folder, complete=False)}" if latest and folder else ""
+        print(f"\ninterrupted{kept}", file=sys.stderr)
         return 130
-    print()
-    print(table.full(record))
+    print(f"\n{table.full(record)}")
     if folder is not None:
-        print(f"written: {run.write(record, folder)}")
+        print(f"written: {run.write(record, folder, complete=True)}")
     red = [case["name"] for case in record["cases"] if case["verdict"] not in (run.GREEN, run.NO_KERNEL)]
     return 1 if red else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -26,8 +27,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "triton": _version("triton"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        # A machine that got a copy without git is told by whoever copied.
+        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SPOS_FAST_COMMIT") or None,
+        "uncommitted_changes": _changes(),
     }
     if device.type == "cuda":
         found |= {
@@ -47,8 +49,6 @@ def slug(name: str) -> str:
 
 def cpu_name() -> str:
     """Model name of the processor and how many of its cores this process may use."""
-    import os
-
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -62,7 +62,15 @@ def cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return _run("git", "-C", str(ROOT), *arguments)
+    return _run("git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments)
+
+
+def _changes() -> bool | None:
+    """Whether files of the project differ from the commit, new ones included; None where git does not say."""
+    if not _git("rev-parse", "HEAD"):
+        return None
+    # What python -m bench itself writes does not count.
+    return bool(_git("status", "--porcelain", "--", ".", ":!bench/results"))
 
 
 def _run(*command: str) -> str:

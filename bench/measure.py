@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 Run = Callable[[], Any]
@@ -17,10 +18,12 @@ Run = Callable[[], Any]
 def interleaved(
     runs: Mapping[str, Run], device: torch.device, *, seconds: float = 1.0, least: int = 7, most: int = 60
 ) -> dict[str, list[float]]:
-    """Seconds of one run of each contender, once a round, all contenders in every round, the order turned each time.
+    """Seconds of one run of each contender, once a round, all contenders in every round, in an order drawn each time.
 
-    On the CPU a sample is as many runs as take a millisecond. On a GPU it is one run between two events, after the L2
-    cache was overwritten, as its inputs would come from memory in a network.
+    On the CPU a sample is as many runs as take the fastest contender a millisecond, the same number for all, after one
+    run that is not timed (unless a run takes longer than a tenth of a second): what ran before is then the same for
+    all. On a GPU it is one run between two events, after the L2 cache was overwritten, as its inputs would come from
+    memory in a network.
 
     Args:
         runs: what to time, by name; each was built and run once before.
@@ -28,12 +31,9 @@ def interleaved(
         seconds: for all contenders together.
         least, most: rounds.
     """
-    clock = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    clock = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(runs)
     names = list(runs)
-    repeats = {name: _repeats(runs[name], device) for name in names}
-    for name in names:  # caches, clocks and lazily made buffers settle
-        if repeats[name] > 1 or device.type == "cuda":
-            clock(runs[name], repeats[name])
+    order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -42,33 +42,44 @@ def interleaved(
         for number in range(most):
             if number >= least and time.perf_counter() - started > seconds:
                 break
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                samples[name].append(clock(runs[name], repeats[name]))
+            order.shuffle(names)
+            for name in names:
+                samples[name].append(clock(runs[name]))
     finally:
         if collecting:
             gc.enable()
     return samples
 
 
-def _repeats(run: Run, device: torch.device) -> int:
-    if device.type == "cuda":
-        return 1
-    took = _cpu_sample(run, 1)
-    return max(1, min(10_000, int(1e-3 / max(took, 1e-9))))
+LONG = 0.1  # seconds of a run beyond which no run is spent on warming up
 
 
-def _cpu_sample(run: Run, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
+def _cpu_sampler(runs: Mapping[str, Run]) -> Callable[[Run], float]:
+    def once(run: Run, repeats: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    estimates = [once(run) for run in runs.values()]
+    if max(estimates) < LONG:
+        estimates = [min(once(run) for _ in range(2)) for run in runs.values()]
+    # A millisecond for the fastest, but not more than 50 for the slowest.
+    repeats = max(1, min(int(1e-3 / max(min(estimates), 1e-7)), int(50e-3 / max(estimates))))
+
+    def sample(run: Run) -> float:
+        if max(estimates) < LONG:
+            run()
+        return once(run, repeats)
+
+    return sample
 
 
-def _cuda_sampler(device: torch.device) -> Callable[[Run, int], float]:
+def _cuda_sampler(device: torch.device) -> Callable[[Run], float]:
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     scratch = torch.empty(max(size, 1 << 24), dtype=torch.int8, device=device)
 
-    def sample(run: Run, repeats: int) -> float:
+    def sample(run: Run) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         scratch.zero_()
         start.record()
@@ -119,19 +130,15 @@ def _processor_seconds() -> tuple[float | None, float]:
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Median and the 20 % and 80 % quantiles."""
-    ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "p20": ordered[int(0.2 * (len(ordered) - 1))],
-        "p80": ordered[round(0.8 * (len(ordered) - 1))],
-        "samples": len(ordered),
-    }
+    """Median and the 20 % and 80 % quantiles, interpolated."""
+    p20, median, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "samples": len(samples)}
 
 
 def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times faster ours is: the ratio of every round, so that what slows the machine down hits both."""
-    return spread([a / b for a, b in zip(theirs, ours, strict=True)])
+    """How many times faster ours is: the ratio of the medians, and the quantiles of the ratios round by round."""
+    rounds = spread([a / b for a, b in zip(theirs, ours, strict=True)])
+    return rounds | {"median": spread(theirs)["median"] / spread(ours)["median"]}
 
 
 def roofs(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Run = Callable[[], Any]
 Bind = Callable[[Any], Run]  # a contender: from the case's inputs to what is timed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One thing to measure.
 
@@ -39,6 +39,8 @@ class Case:
         items: images, cells, ... that one run handles; gives items a second.
         unit: what the items are.
         headline: shown in the README.
+        convert: by name of a peer, what turns its outputs into what ours gives; not timed.
+        task: a whole task of the method; torch.compile takes minutes on it, so it comes last where time is short.
         graphs: whether contenders can be captured in a CUDA graph (no synchronisation inside).
         slow: one run takes about a second or more; fewer rounds.
         note: what the reader must know about the comparison.
@@ -57,6 +59,8 @@ class Case:
     items: int = 0
     unit: str = ""
     headline: bool = False
+    convert: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    task: bool = False
     graphs: bool = True
     slow: bool = False
     note: str = ""
@@ -101,9 +105,11 @@ def disagreement(got: Any, wanted: Any) -> float:
     """
     if isinstance(got, list) and not any(isinstance(value, torch.Tensor) for value in got):
         return 0.0 if got == wanted else float("inf")
-    pairs = list(zip(_flat(got), _flat(wanted), strict=True))
     worst = 0.0
-    for a, b in pairs:
+    first, second = tensors_of(got), tensors_of(wanted)
+    if len(first) != len(second):
+        return float("inf")
+    for a, b in zip(first, second, strict=True):
         a, b = a.detach().double(), b.detach().to(a.device).double()
         if a.shape != b.shape:
             return float("inf")
@@ -112,7 +118,8 @@ def disagreement(got: Any, wanted: Any) -> float:
     return worst
 
 
-def _flat(outputs: Any) -> list[torch.Tensor]:
+def tensors_of(outputs: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples and lists, in order."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
-    return [tensor for output in outputs for tensor in _flat(output)]
+    return [tensor for output in outputs for tensor in tensors_of(output)]

@@ -1,23 +1,25 @@
-"""Measures cases and turns what came out into plain values, lines and a file."""
+"""Measures cases and turns what came out into plain values and a file."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import environment, measure
-from bench.peers.compiled import graphed
-from bench.registry import OURS, Case, Run, disagreement
+from bench.peers.compiled import forget_compiled, graphed
+from bench.registry import OURS, Case, Run, disagreement, tensors_of
 from spos_fast.checkpoint import write_whole
 
 GREEN, NO_KERNEL = "green", "no kernel of ours yet"
 GRAPH = ", CUDA graph"  # behind the name of a contender that is replayed from one
+FIELDS = ("name", "op", "shape", "dtype", "bytes", "flops", "items", "unit", "headline", "note")
 
 
 def measure_case(
@@ -31,45 +33,32 @@ def measure_case(
 ) -> dict[str, Any]:
     """Everything about one case, as plain values.
 
-    ``ratios`` and ``best_peer`` are there only if every test of the case is green and every peer's outputs agree with
-    ours; ``verdict`` says so in words.
+    ``ratios`` and with them the best peer, the one that ours gains least on, are there only if every test of the case
+    is green and every peer's outputs agree with ours; ``verdict`` says so in words. Whatever goes wrong becomes a red
+    verdict: the other cases are still to come.
     """
-    runs, outputs, failed = _build(case, device, compiled)
-    verdict = _verdict(case, verdicts)
-    if OURS in runs and case.tolerance is not None:
-        for name, output in outputs.items():
-            difference = disagreement(output, outputs[OURS])
-            if difference > case.tolerance:
-                verdict = f"red: {name} differs from ours by {difference:.1e}, more than {case.tolerance:.0e}"
-    del outputs
-    limits = dict(least=5, most=9) if case.slow else dict(least=9, most=400)
-    measure.wait_for_quiet()
-    watch = measure.OtherWork()
-    samples = measure.interleaved(runs, device, seconds=seconds, **limits) if runs else {}
-    other_work = watch.share()
-    times = {name: measure.spread(values) for name, values in samples.items()}
-    fields = ("name", "op", "shape", "dtype", "bytes", "flops", "items", "unit", "headline", "note")
+    result: dict[str, Any] = {field: getattr(case, field) for field in FIELDS}
     floor, bound = measure.floor_seconds(case.bytes, case.flops, case.dtype, roof)
-    result: dict[str, Any] = {field: getattr(case, field) for field in fields}
     result |= {
         "tests": list(case.tests),
-        "verdict": verdict,
+        "verdict": _verdict(case, verdicts),
         "compile_peers": compiled or not case.has_compile_peers,
-        "seconds": times,
-        "other_work": other_work,
-        "failed": failed,
         "floor_seconds": floor,
         "bound": bound,
-        "peak_bytes": {name: _peak_bytes(run) for name, run in runs.items() if device.type == "cuda"},
+        "seconds": {},
+        "failed": {},
+        "other_work": None,
+        "peak_bytes": {},
     }
-    ours = min((name for name in times if is_ours(name)), key=lambda name: times[name]["median"], default=None)
-    peers = [name for name in times if not is_ours(name)]
-    if ours is not None:
-        result |= {"ours": ours, "rates": _rates(case, times[ours]["median"], floor)}
-        if verdict == GREEN:
-            result["ratios"] = {name: measure.ratio(samples[name], samples[ours]) for name in peers}
-    if peers:
-        result["best_peer"] = min(peers, key=lambda name: times[name]["median"])
+    try:
+        runs, wrong = _build(case, device, compiled, result["failed"])
+        if wrong and result["verdict"] == GREEN:
+            result["verdict"] = f"red: {wrong}"
+        if runs:
+            _time(case, device, runs, seconds, result)
+    except Exception as error:
+        result["verdict"] = f"red: {_reason(error)}"
+        result.pop("ratios", None)
     return result
 
 
@@ -78,46 +67,86 @@ def is_ours(name: str) -> bool:
     return name in (OURS, OURS + GRAPH)
 
 
-def _rates(case: Case, seconds: float, floor: float) -> dict[str, float]:
-    return {
-        "bytes_per_second": case.bytes / seconds,
-        "flops_per_second": case.flops / seconds,
-        "items_per_second": case.items / seconds,
-        "percent_of_roof": 100 * floor / seconds,
-    }
+def _time(case: Case, device: torch.device, runs: Mapping[str, Run], seconds: float, result: dict[str, Any]) -> None:
+    measure.wait_for_quiet()
+    watch = measure.OtherWork()
+    limits = dict(least=7, most=9) if case.slow else dict(least=9, most=400)
+    samples = measure.interleaved(runs, device, seconds=seconds, **limits)
+    times = {name: measure.spread(values) for name, values in samples.items()}
+    result |= {"seconds": times, "other_work": watch.share()}
+    if device.type == "cuda":
+        result["peak_bytes"] = {name: _peak_bytes(run) for name, run in runs.items() if not name.endswith(GRAPH)}
+    ours = min((name for name in times if is_ours(name)), key=lambda name: times[name]["median"], default=None)
+    peers = [name for name in times if not is_ours(name)]
+    if peers:
+        result["best_peer"] = min(peers, key=lambda name: times[name]["median"])
+    if ours is not None:
+        median = times[ours]["median"]
+        result["ours"] = ours
+        result["rates"] = {
+            "bytes_per_second": case.bytes / median,
+            "flops_per_second": case.flops / median,
+            "items_per_second": case.items / median,
+            "percent_of_roof": 100 * result["floor_seconds"] / median,
+        }
+        if result["verdict"] == GREEN:
+            result["ratios"] = {name: measure.ratio(samples[name], samples[ours]) for name in peers}
+
+
+def _build(case: Case, device: torch.device, compiled: bool, failed: dict[str, str]) -> tuple[dict[str, Run], str]:
+    """Contenders ready to run, on a GPU each also as a CUDA graph; and what is wrong with their outputs, or "".
+
+    A contender that this PyTorch cannot run goes to ``failed`` with the reason.
+    """
+    forget_compiled()
+    given = case.inputs(device)
+    runs: dict[str, Run] = {}
+    ours: Any = None
+    wrong = ""
+    for name, bind in case.all_contenders(compiled).items():
+        try:
+            run = bind(given)
+            output = run()
+        except Exception as error:
+            failed[name] = _reason(error)
+            if name == OURS:
+                wrong = f"{OURS} failed: {failed[name]}"
+            continue
+        runs[name] = run
+        if name == OURS:
+            ours = output
+        elif case.tolerance is not None and ours is not None:
+            difference = disagreement(case.convert.get(name, lambda given: given)(output), ours)
+            if difference > case.tolerance:
+                wrong = wrong or f"{name} differs from ours by {difference:.1e}, more than {case.tolerance:.0e}"
+        if device.type == "cuda" and case.graphs:
+            try:
+                runs[name + GRAPH] = _checked_graph(run, output)
+            except Exception as error:
+                failed[name + GRAPH] = _reason(error)
+    return runs, wrong
+
+
+def _checked_graph(run: Run, wanted: Any) -> Run:
+    """The run as a CUDA graph that writes what the plain run gave; one that missed a kernel would be fast."""
+    wanted = [tensor.clone() for tensor in tensors_of(wanted)]
+    replay = graphed(run)
+    for tensor in tensors_of(replay()):
+        tensor.fill_(torch.nan)
+    difference = disagreement(tensors_of(replay()), wanted)
+    if difference > 1e-2:  # kernels with atomics do not repeat to the bit
+        raise RuntimeError(f"the replay differs from the plain run by {difference:.1e}")
+    return replay
 
 
 def _peak_bytes(run: Run) -> int:
     """Most memory that one run takes beyond what is held before it."""
-    run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _build(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Run], dict[str, Any], dict[str, str]]:
-    """Contenders ready to run, on a GPU each also as a CUDA graph; what each first gave; why others did not work."""
-    given = case.inputs(device)
-    runs: dict[str, Run] = {}
-    outputs: dict[str, Any] = {}
-    failed: dict[str, str] = {}
-    for name, bind in case.all_contenders(compiled).items():
-        try:
-            run = bind(given)
-            outputs[name] = run()
-        except Exception as error:  # a peer that this PyTorch cannot run is news, not the end of the table
-            failed[name] = _reason(error)
-            continue
-        runs[name] = run
-        if device.type == "cuda" and case.graphs:
-            try:
-                runs[name + GRAPH] = graphed(run)
-            except Exception as error:
-                failed[name + GRAPH] = _reason(error)
-    return runs, outputs, failed
 
 
 def _reason(error: Exception) -> str:
@@ -131,9 +160,20 @@ def _verdict(case: Case, verdicts: Mapping[str, str]) -> str:
     if not case.tests:
         return "red: the case names no test"
     for test in case.tests:
-        if verdicts.get(test, "not run") != "green":
+        if verdicts.get(test, "not run") != GREEN:
             return f"{verdicts.get(test, 'not run')}: {test}"
     return GREEN
+
+
+@contextlib.contextmanager
+def fastest_cudnn() -> Iterator[None]:
+    """Let cuDNN try its algorithms on every new shape, for all contenders alike."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def run(
@@ -167,24 +207,34 @@ def run(
     }
     work = [(case, compiled) for case in cases]
     if compiled and budget is not None:
-        # First everything without the compilers: what is short of time is then short of those only.
-        work = [(case, False) for case in cases] + [(case, True) for case in cases if case.has_compile_peers]
+        # First everything without the compilers, then whole tasks last: what is short of time is short of those only.
+        dear = sorted((case for case in cases if case.has_compile_peers), key=lambda case: case.task)
+        work = [(case, False) for case in cases] + [(case, True) for case in dear]
     done: dict[str, dict[str, Any]] = {}
-    for case, with_compilers in work:
-        if budget is not None and time.monotonic() - started > budget:
-            record["left_out"].append(case.name + (", torch.compile" if case.name in done else ""))
-            continue
-        measured = measure_case(case, device, record["roofs"], verdicts, compiled=with_compilers, seconds=seconds)
-        done[case.name] = measured
-        record["cases"] = list(done.values())
-        if on_case is not None:
-            on_case(record, measured)
+    with fastest_cudnn():
+        for case, with_compilers in work:
+            if budget is not None and time.monotonic() - started > budget:
+                record["left_out"].append(case.name + (", torch.compile" if case.name in done else ""))
+                continue
+            measured = measure_case(case, device, record["roofs"], verdicts, compiled=with_compilers, seconds=seconds)
+            done[case.name] = measured
+            record["cases"] = list(done.values())
+            if on_case is not None:
+                on_case(record, measured)
     return record
 
 
-def write(record: Mapping[str, Any], folder: Path) -> Path:
-    """Write a record as ``<device>-<date>.json``; the file appears whole or not at all."""
-    name = f"{environment.slug(record['environment']['device'])}-{record['date']}.json"
+def write(record: Mapping[str, Any], folder: Path, *, complete: bool) -> Path:
+    """Write a record as ``<device>-<date>.json``; the file appears whole or not at all.
+
+    While cases are still to come (not ``complete``) the name ends in ``.partial.json``: a run that is stopped neither
+    replaces an earlier record nor loses its own.
+    """
+    name = f"{environment.slug(record['environment']['device'])}-{record['date']}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / name, (json.dumps(record, indent=1) + "\n").encode())
-    return folder / name
+    partial = folder / f"{name}.partial.json"
+    path = folder / f"{name}.json" if complete else partial
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+    if complete:
+        partial.unlink(missing_ok=True)
+    return path

@@ -16,7 +16,7 @@ from bench.environment import ROOT
 from bench.run import GREEN, NO_KERNEL, is_ours
 
 RESULTS = ROOT / "bench" / "results"
-NO_COMPILERS = " *"
+NO_COMPILERS, BUSY = " *", " †"
 DISTURBED = 0.2  # cores that other work may take before a case is said to be disturbed
 BEGIN, END = "<!-- benchmarks: begin (written by bench/table.py) -->", "<!-- benchmarks: end -->"
 
@@ -34,6 +34,8 @@ def newest(folder: Path) -> list[dict[str, Any]]:
     """The newest record of every device below ``folder``, GPUs first."""
     latest: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
+        if file.name.endswith(".partial.json"):
+            continue
         record = json.loads(file.read_text())
         device = record["environment"]["device"]
         if device not in latest or record["date"] >= latest[device]["date"]:
@@ -77,13 +79,26 @@ def full(record: Mapping[str, Any]) -> str:
             times = f"{duration(spread['median'])} ({duration(spread['p20'])} to {duration(spread['p80'])})"
             lines.append(f"    {name:32} {times:40} {shown}".rstrip())
         lines += [f"    {name:32} failed: {reason}" for name, reason in case["failed"].items()]
-    disturbed = [case["name"] for case in record["cases"] if (case["other_work"] or 0) > DISTURBED]
+        for name, size in case["peak_bytes"].items():
+            lines.append(f"    {name:32} peak memory of a run {size / 1e6:,.1f} MB")
+    disturbed = [case["name"] for case in record["cases"] if is_disturbed(case)]
     if disturbed:
         lines += ["", f"other processes took more than {DISTURBED} of a core during: {', '.join(disturbed)}"]
     if record["left_out"]:
         lines += ["", f"left out, the budget was spent: {', '.join(record['left_out'])}"]
-    lines += ["", *geometric_means(record["cases"])]
+    lines += ["", *summaries(record["cases"]), *notes(record["cases"])]
     return "\n".join(lines)
+
+
+def is_disturbed(case: Mapping[str, Any]) -> bool:
+    """Whether other processes took so much of the processor that the figures mean little."""
+    return (case["other_work"] or 0.0) > DISTURBED
+
+
+def notes(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the reader must know about ops, each said once."""
+    found = {case["op"]: case["note"] for case in cases if case["note"]}
+    return [f"{op}: {note}" for op, note in found.items()]
 
 
 def rates(case: Mapping[str, Any]) -> str:
@@ -101,18 +116,26 @@ def rates(case: Mapping[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def geometric_means(cases: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Per op with several shapes the geometric mean of the ratio to each case's best peer."""
+def summaries(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Per op with several shapes: geometric mean of the ratio to each case's best peer, and the range of the roof."""
     ratios: dict[str, list[float]] = {}
+    roofs: dict[str, list[float]] = {}
     for case in cases:
-        if "ratios" in case and "best_peer" in case:
+        if case.get("ratios") and not is_disturbed(case):
             ratios.setdefault(_family(case["op"]), []).append(case["ratios"][case["best_peer"]]["median"])
-    return [
-        f"{op}: {math.exp(sum(map(math.log, values)) / len(values)):.2f}x the best peer, "
-        f"geometric mean of {len(values)} cases ({min(values):.2f} to {max(values):.2f})"
-        for op, values in ratios.items()
-        if len(values) > 1
-    ]
+            if case["bound"]:
+                roofs.setdefault(_family(case["op"]), []).append(case["rates"]["percent_of_roof"])
+    lines = []
+    for op, values in ratios.items():
+        if len(values) == 1:
+            continue
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        line = f"{op}: {mean:.2f}x the best peer, geometric mean of {len(values)} cases "
+        line += f"({min(values):.2f} to {max(values):.2f})"
+        if op in roofs:
+            line += f"; {min(roofs[op]):.0f} to {max(roofs[op]):.0f} % of the roof"
+        lines.append(line)
+    return lines
 
 
 def _family(op: str) -> str:
@@ -130,7 +153,7 @@ def header(record: Mapping[str, Any]) -> str:
         else env["device"]
     )
     where += f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
-    commit = (env["commit"] or "unknown commit") + (" with changes" if env["uncommitted_changes"] else "")
+    commit = (env["commit"] or "commit unknown") + (" with changes" if env["uncommitted_changes"] else "")
     return (
         f"{where}; {record['date']}; PyTorch {env['torch']}; {commit}. "
         f"Roofs of the same run: copy {roofs['copy_bytes_per_second'] / 1e9:.1f} GB/s, matrix product {rates}"
@@ -156,12 +179,16 @@ def markdown(record: Mapping[str, Any], *, headline: bool) -> str:
         if best and not case["compile_peers"]:
             best += NO_COMPILERS
         peer = duration(case["seconds"][case["best_peer"]]["median"]) if best else ""
-        lines.append(f"| {case['name']} | {ours} | {roof} | {best} | {peer} | {speedup(case)} |")
-    notes = [f"- {mean}" for mean in geometric_means(record["cases"])]
+        name = case["name"] + (BUSY if is_disturbed(case) else "")
+        lines.append(f"| {name} | {ours} | {roof} | {best} | {peer} | {speedup(case)} |")
+    shown = [case for case in record["cases"] if not headline or (case["headline"] and "ours" in case)]
+    under = [f"- {line}" for line in [*summaries(record["cases"]), *notes(shown)]]
     if any(NO_COMPILERS in row for row in lines):
-        notes.append("- * without torch.compile among the peers")
-    if notes:
-        lines += ["", *notes]
+        under.append("- * without torch.compile among the peers")
+    if any(BUSY in row for row in lines):
+        under.append(f"- † other processes took more than {DISTURBED} of a core; not in the means")
+    if under:
+        lines += ["", *under]
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +198,7 @@ def speedup(case: Mapping[str, Any]) -> str:
         return NO_KERNEL
     if case["verdict"] != GREEN:
         return f"not shown ({case['verdict']})"
-    if "best_peer" not in case:
+    if not case.get("ratios"):
         return "no peer"
     ratio = case["ratios"][case["best_peer"]]
     return f"{ratio['median']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"

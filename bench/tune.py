@@ -9,6 +9,7 @@ the choice in spos_fast/ops.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from spos_fast.ops.dispatch import OPS
 
 
 def main() -> int:
-    """Returns 0 also where no op has two kernels to choose from."""
+    """Returns 0, also where no op has two kernels to choose from; 1 if a kernel failed."""
     parser = argparse.ArgumentParser("python -m bench.tune", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing per shape (default %(default)s)")
@@ -32,16 +33,21 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda; torch finds no CUDA device here")
     device = torch.device(options.device)
-    rows = [row for case in registry.cases(device.type) if (row := compare(case, device, options.seconds))]
-    for row in rows:
+    record: dict[str, Any] = {"environment": environment.describe(device), "rows": []}
+    for case in registry.cases(device.type):
+        row = compare(case, device, options.seconds)
+        if row is None:
+            continue
         times = ", ".join(f"{name} {duration(spread['median'])}" for name, spread in row["seconds"].items())
-        print(f"{row['case']}: {times}; {row['best']}")
-    if options.out is not None:
-        record = {"environment": environment.describe(device), "rows": rows}
-        write_whole(options.out, (json.dumps(record, indent=1) + "\n").encode())
-    slower = sum(row["best"] != row["chosen"] for row in rows)
-    print(f"{len(rows)} shapes; another kernel than the chosen one is faster on {slower}")
-    return 0
+        print(f"{row['case']}: {times}; {row['best'] or row['problem']}", flush=True)
+        record["rows"].append(row)
+        if options.out is not None:
+            write_whole(options.out, (json.dumps(record, indent=1) + "\n").encode())
+    rows = record["rows"]
+    slower = sum(row["best"] not in (None, row["chosen"]) for row in rows)
+    broken = sum(row["best"] is None for row in rows)
+    print(f"{len(rows)} shapes; another kernel than the chosen one is faster on {slower}; {broken} failed")
+    return 1 if broken else 0
 
 
 def compare(case: registry.Case, device: torch.device, seconds: float) -> dict[str, Any] | None:
@@ -56,13 +62,18 @@ def compare(case: registry.Case, device: torch.device, seconds: float) -> dict[s
     kernels = {"triton": op.triton, op.choices["cuda"].kernel: op.overload}
     if len(kernels) == 1:
         return None
-    runs = {name: (lambda kernel=kernel: kernel(*arguments)) for name, kernel in kernels.items()}
-    for run in runs.values():
-        run()
-    samples = measure.interleaved(runs, device, seconds=seconds)
+    row: dict[str, Any] = {"case": case.name, "chosen": op.choices["cuda"].kernel, "best": None, "problem": ""}
+    runs = {name: functools.partial(kernel, *arguments) for name, kernel in kernels.items()}
+    try:
+        first, second = (run() for run in runs.values())
+        difference = registry.disagreement(first, second)
+        if case.tolerance is not None and difference > case.tolerance:
+            return row | {"seconds": {}, "problem": f"the kernels differ by {difference:.1e}"}
+        samples = measure.interleaved(runs, device, seconds=seconds)
+    except Exception as error:  # the other shapes are still to come
+        return row | {"seconds": {}, "problem": f"{type(error).__name__}: {error}"[:300]}
     spreads = {name: measure.spread(values) for name, values in samples.items()}
-    best = min(spreads, key=lambda name: spreads[name]["median"])
-    return {"case": case.name, "chosen": op.choices["cuda"].kernel, "best": best, "seconds": spreads}
+    return row | {"seconds": spreads, "best": min(spreads, key=lambda name: spreads[name]["median"])}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -26,21 +27,33 @@ def run_tests(targets: Iterable[str], report: Path | None = None) -> dict[str, s
         file = report or Path(folder) / "junit.xml"
         options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junit-xml={file}"]
         command = [sys.executable, "-m", "pytest", *options, *wanted]
-        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-        return verdicts(file, wanted)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        if done.returncode not in (0, 1):  # stopped on the way: what did run says little
+            return dict.fromkeys(wanted, "not run")
+        return verdicts([file], wanted)
 
 
-def verdicts(report: Path, targets: Iterable[str]) -> dict[str, str]:
-    """Verdicts on the targets from a JUnit file that pytest wrote.
+def verdicts(reports: Iterable[Path], targets: Iterable[str]) -> dict[str, str]:
+    """Verdicts on the targets from JUnit files of whole pytest runs (no ``-k``, not stopped on the way).
 
-    Green needs at least one test that passed and none that failed. A missing or broken file leaves all of them at
-    ``"not run"``.
+    Green needs at least one test that passed and none that failed. A missing or broken file counts as empty, a target
+    without tests is ``"not run"``.
     """
-    try:
-        tests = list(ElementTree.parse(report).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        tests = []
+    tests: list[ElementTree.Element] = []
+    for report in reports:
+        with contextlib.suppress(OSError, ElementTree.ParseError):
+            tests += ElementTree.parse(report).iter("testcase")
     return {target: _verdict(target, tests) for target in targets}
+
+
+def older_than_code(report: Path) -> Path | None:
+    """A file of the code or the tests that was changed after the report was written; None if there is none."""
+    written = report.stat().st_mtime
+    for folder in ("spos_fast", "tests", "kernels"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".so") and file.stat().st_mtime > written:
+                return file.relative_to(ROOT)
+    return None
 
 
 def _verdict(target: str, tests: list[ElementTree.Element]) -> str:

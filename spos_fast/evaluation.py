@@ -71,7 +71,7 @@ class Evaluator:
             raise InputError(f"calibration_batch: got {calibration_batch}; batch statistics need at least 2 images")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}; expected a positive number")
-        # A third less time than NCHW (bench: scoring candidates).
+        # Faster than NCHW; docs/performance.md.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.mode = net, mode
         self.calibration, self.validation = calibration, validation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench.peers.compiled import compiled
 from bench.registry import OURS, Bind, Case
 from spos_fast import ops
 
+STATISTICS = "batch norm's own statistics"
 STAGES = ((32, 56), (80, 28), (160, 14), (320, 7))  # channels, height and width
 
 
@@ -46,8 +48,11 @@ def _case(device: str, shape: tuple[int, ...], dtype: str, layout: str, groups: 
         "compile var_mean": lambda given: _bind(compiled(peers.var_mean))(given),
         "compile two reads": lambda given: _bind(compiled(peers.two_reads))(given),
     }
-    if device == "cuda" and groups == 1:
-        contenders["torch.batch_norm_stats"] = lambda given: lambda: peers.native_batch_norm_stats(given[0])
+    if groups == 1:
+        contenders[STATISTICS] = lambda given: peers.statistics_of_batch_norm(given[0])
+    if device == "cuda":
+        autotuned = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
+        contenders["compile max-autotune"] = lambda given: _bind(autotuned(peers.var_mean))(given)
     return Case(
         op="bn_moments",
         shape="x".join(map(str, shape)) + f" {layout}" + (f" groups={groups}" if groups > 1 else ""),
@@ -57,7 +62,8 @@ def _case(device: str, shape: tuple[int, ...], dtype: str, layout: str, groups: 
         flops=0,  # 3 a value, on vector units: no roof of the matrix rate
         inputs=inputs,
         contenders=contenders,
-        tests=("tests/ops/test_batchnorm.py",),
+        convert={STATISTICS: lambda given: peers.moments_from(given, device, values // channels)},
+        tests=("tests/ops/test_batchnorm.py", "tests/ops/test_every_op.py"),
         tolerance=1e-4,
         headline=headline,
     )

@@ -21,6 +21,7 @@ from spos_fast.nn import ShuffleUnit, XceptionUnit
 
 STAGES = ((64, 56), (160, 28), (320, 14), (640, 7))  # channels, height and width
 CHOICES = ("k3", "k5", "k7", "x")
+GPU_TESTS = {"cpu": (), "cuda": ("tests/test_gpu.py",)}  # of the layers above the ops
 MODES = ("train", "forward", "infer")
 # Gradients differ by more than values do: where rounding moves a value across zero, ReLU's gradient is all or nothing.
 # The share of such values is about the rounding error, the 2-norm its square root; in double all agree to 1e-12.
@@ -113,7 +114,7 @@ def _case(
         flops=passes * 2 * batch * unit_macs(choice, channels_in, channels, side, stride),
         inputs=inputs,
         contenders=contenders,
-        tests=("tests/bench/test_registry.py", "tests/test_supernet.py"),
+        tests=("tests/bench/test_registry.py", "tests/test_supernet.py", *GPU_TESTS[device]),
         tolerance=TOLERANCES[dtype, mode],
         items=batch,
         unit="images",
@@ -208,7 +209,8 @@ def _runner(
 
         def train() -> Any:
             out = forward(x)
-            return (out, *torch.autograd.grad(out, [x, *parameters], grad))
+            grads = torch.autograd.grad(out, [x, *parameters], grad)
+            return (out.detach(), *grads)  # a graph kept alive by its output would spoil the capture of CUDA graphs
 
         return train
 

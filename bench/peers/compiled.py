@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,13 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
         mode: None for the default; ``"max-autotune-no-cudagraphs"`` for max-autotune, whose CUDA graph the benchmarks
             capture themselves, as for every other contender.
     """
-    torch._dynamo.reset()  # the recompile limit counts over all cases of a process
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def forget_compiled() -> None:
+    """Drop what was compiled before a case: the limit on recompilations counts over all cases of a process."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -6,8 +6,16 @@ Formulas: PACT (Choi et al., arXiv 1805.06085), DoReFa (Zhou et al., arXiv 1606.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+
+@functools.lru_cache
+def _zero(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The zero point, made once."""
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -38,12 +46,12 @@ def lsq(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
 
 def aten_cachemask(x: Tensor, step: Tensor, bits: int) -> Tensor:
     """``torch.fake_quantize_per_tensor_affine`` on unsigned codes: the step gets no gradient."""
-    zero = torch.zeros((), dtype=torch.int32, device=x.device)
+    zero = _zero((), torch.int32, x.device)
     return torch.fake_quantize_per_tensor_affine(x, step.detach(), zero, 0, 2**bits - 1)
 
 
 def aten_learnable(x: Tensor, step: Tensor, bits: int) -> Tensor:
     """``torch._fake_quantize_learnable_per_tensor_affine`` on unsigned codes: PyTorch's own LSQ."""
     high = 2**bits - 1
-    zero = torch.zeros(1, device=x.device)
+    zero = _zero((1,), torch.float32, x.device)
     return torch._fake_quantize_learnable_per_tensor_affine(x, step, zero, 0, high, (x.numel() * high) ** -0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -68,12 +69,22 @@ def record_of(*cases):
 
 
 def test_contenders_take_turns():
-    """A B, then B A: whatever slows the machine down hits all contenders, none is always first."""
+    """Every round has each contender once, after a run of its own to warm up; the order is another each time."""
     order = []
-    runs = {name: (lambda name=name: (order.append(name), time.sleep(0.002))) for name in "AB"}
-    samples = measure.interleaved(runs, CPU, seconds=0.01, least=4, most=4)
-    assert [len(values) for values in samples.values()] == [4, 4]
-    assert "".join(order[-8:]) == "ABBAABBA"
+    runs = {name: (lambda name=name: (order.append(name), time.sleep(0.002))) for name in "ABC"}
+    samples = measure.interleaved(runs, CPU, seconds=0.01, least=8, most=8)
+    assert [len(values) for values in samples.values()] == [8, 8, 8]
+    timed = order[-48:]
+    assert timed[::2] == timed[1::2]
+    rounds = ["".join(timed[at : at + 6 : 2]) for at in range(0, 48, 6)]
+    assert all(sorted(names) == ["A", "B", "C"] for names in rounds) and len(set(rounds)) > 2
+
+
+def test_the_same_function_twice_is_as_fast_as_itself():
+    """The A/A check: what separates two equal contenders is noise."""
+    x = torch.randn(64, 64, 28, 28)
+    samples = measure.interleaved({name: lambda: x.square().sum() for name in "AB"}, CPU, seconds=0.5, least=9, most=200)
+    assert 0.7 < measure.ratio(samples["A"], samples["B"])["median"] < 1.4
 
 
 def test_short_runs_are_repeated_until_the_clock_can_see_them():
@@ -85,10 +96,14 @@ def test_short_runs_are_repeated_until_the_clock_can_see_them():
 
 
 def test_ratios_and_spread():
-    """Ratios are taken round by round: a slow round that hits both does not move them."""
+    """The ratio is that of the medians shown beside it; its spread is of the rounds, where a slow round hits both."""
     ours, theirs = [1.0, 1.0, 10.0, 1.0, 1.0], [2.0, 2.0, 20.0, 2.0, 2.2]
-    assert measure.ratio(theirs, ours)["median"] == 2.0
-    assert measure.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "p20": 1.0, "p80": 3.0, "samples": 3}
+    found = measure.ratio(theirs, ours)
+    assert found["median"] == 2.0 and found["p20"] == 2.0 and 2.0 <= found["p80"] < 2.1
+    spread = measure.spread([3.0, 1.0, 2.0])
+    assert spread == pytest.approx({"median": 2.0, "p20": 1.4, "p80": 2.6, "samples": 3})
+    mirrored = measure.spread([-3.0, -1.0, -2.0])
+    assert (mirrored["p20"], mirrored["p80"]) == pytest.approx((-2.6, -1.4))
 
 
 def test_floor_is_the_greater_of_bytes_and_flops():
@@ -135,7 +150,7 @@ def test_no_ratio_without_correctness(changes, verdicts, said):
     for text in (table.line(case), table.full(record), table.markdown(record, headline=True)):
         assert said in text or "not shown" in text
         assert "x (" not in text
-    assert not table.geometric_means([case, case])
+    assert not table.summaries([case, case])
 
 
 def test_a_peer_that_fails_is_named_and_the_others_go_on():
@@ -148,6 +163,78 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on():
     case = measured(contenders={OURS: sleeper(0.002), "slow": sleeper(0.004), "broken": broken})
     assert case["failed"] == {"broken": "RuntimeError: no such kernel"} and case["best_peer"] == "slow"
     assert "broken" in table.full(record_of(case))
+
+
+@pytest.mark.parametrize("broken", ["ours", "peers", "inputs", "while timing"])
+def test_whatever_breaks_costs_one_case(broken, monkeypatch):
+    """A kernel of ours that raises, no peer that runs, inputs that cannot be made: red, and the next case is measured."""
+    monkeypatch.setattr(measure, "roofs", lambda device: ROOF)
+    _, sleeper = toy()
+
+    def fails(given):
+        raise RuntimeError("out of memory")
+
+    calls = []
+
+    def fails_later(given):
+        def once():
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("out of memory")
+            return given
+
+        return once
+
+    changes = {
+        "ours": {"contenders": {OURS: fails, "slow": sleeper(0.002)}},
+        "peers": {"contenders": {OURS: sleeper(0.002), "slow": fails}},
+        "inputs": {"inputs": fails},
+        "while timing": {"contenders": {OURS: sleeper(0.002), "slow": fails_later}},
+    }[broken]
+    cases = [toy(shape="bad", **changes)[0], toy(shape="good")[0]]
+    lines = []
+    record = run.run(
+        cases,
+        CPU,
+        {"tests/a.py": "green"},
+        compiled=False,
+        seconds=0.01,
+        on_case=lambda record, case: lines.append(table.line(case)),
+    )
+    assert "x (" in lines[1] and ("no peer" in lines[0] if broken == "peers" else "not shown (red" in lines[0])
+    assert "out of memory" in table.full(record)
+    assert table.markdown(record, headline=True)
+
+
+def test_disturbed_cases_are_marked_and_not_averaged():
+    """Other work on the machine: the row carries a mark, the means leave it out."""
+    quiet, busy = measured(), measured(shape="5")
+    quiet["other_work"], busy["other_work"] = 0.0, 0.9
+    shown = table.markdown(record_of(quiet, busy), headline=True)
+    assert "| toy 5 float32 † |" in shown and "| toy 4 float32 |" in shown and "† other processes" in shown
+    assert not table.summaries([quiet, busy]) and table.summaries([quiet, quiet])
+
+
+def test_reports_older_than_the_code_are_refused(tmp_path):
+    """Yesterday's green says nothing about today's code."""
+    report = tmp_path / "junit.xml"
+    report.write_text("<testsuites/>")
+    assert verify.older_than_code(report) is None
+    os.utime(report, (1, 1))
+    assert verify.older_than_code(report) is not None
+
+
+def test_pytest_benchmark_runs_the_cases(tmp_path):
+    """pytest bench/ times every contender of a case in one group, and writes and compares its JSON."""
+    command = [sys.executable, "-m", "pytest", "bench/", "-q", "-k", "hash and one and by", "-p", "no:cacheprovider"]
+    storage = [f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.1", "--benchmark-min-rounds=2"]
+    first = ["--benchmark-autosave", f"--benchmark-json={tmp_path / 'out.json'}"]
+    for extra in (first, ["--benchmark-compare"]):
+        done = subprocess.run([*command, *storage, *extra], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]
+    assert "(NOW)" in done.stdout and "plain Python" in done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert len(found) == 2 and len({benchmark["group"] for benchmark in found}) == 1
 
 
 def test_ops_to_come_show_their_peers_only():
@@ -179,7 +266,10 @@ def test_a_budget_leaves_cases_out_by_name(tmp_path, monkeypatch):
 
     record = run.run(cases, CPU, {}, compiled=False, seconds=0.01, budget=0.04, on_case=on_case)
     assert seen == ["toy 0 float32"] and record["left_out"] == ["toy 1 float32", "toy 2 float32"]
-    file = run.write(record, tmp_path)
+    partial = run.write(record, tmp_path, complete=False)
+    assert partial.name.endswith(".partial.json") and not table.newest(tmp_path)
+    file = run.write(record, tmp_path, complete=True)
+    assert not partial.exists()
     assert json.loads(file.read_text()) == json.loads(json.dumps(record))
     assert file.name == f"{slug(record['environment']['device'])}-{record['date']}.json"
     assert {"torch", "commit", "threads", "device", "python"} <= set(record["environment"])
@@ -215,7 +305,7 @@ def test_verdicts_come_from_pytests_report(tmp_path):
     arguments += [f"--junit-xml={report}", "."]
     subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=tmp_path, capture_output=True, check=False)
     targets = ["test_ok.py", "test_bad.py", "test_skip.py", "test_broken.py", "test_bad.py::test_a", "test_none.py"]
-    assert verify.verdicts(report, targets) == {
+    assert verify.verdicts([report], targets) == {
         "test_ok.py": "green",
         "test_bad.py": "red",
         "test_skip.py": "not run",
@@ -223,7 +313,7 @@ def test_verdicts_come_from_pytests_report(tmp_path):
         "test_bad.py::test_a": "green",
         "test_none.py": "not run",
     }
-    assert verify.verdicts(tmp_path / "missing.xml", ["test_ok.py"]) == {"test_ok.py": "not run"}
+    assert verify.verdicts([tmp_path / "missing.xml"], ["test_ok.py"]) == {"test_ok.py": "not run"}
 
 
 def test_the_gate_runs_the_tests_itself():
@@ -237,7 +327,8 @@ def test_command_measures_prints_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "roofs", lambda device: ROOF)
     arguments = ["--device", "cpu", "--only", "bn_moments 7x7 NHWC", "--no-compile", "--seconds", "0.05"]
     report = tmp_path / "junit.xml"
-    report.write_text('<testsuites><testcase classname="tests.ops.test_batchnorm" name="test_a"/></testsuites>')
+    passed = [f'<testcase classname="tests.ops.{name}" name="test_a"/>' for name in ("test_batchnorm", "test_every_op")]
+    report.write_text(f"<testsuites>{''.join(passed)}</testsuites>")
     assert command.main([*arguments, "--junit", str(report), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "bn_moments 32x320x7x7 NHWC float32" in shown and "x (" in shown
@@ -314,9 +405,9 @@ def test_gpu_script_goes_on_after_failures_and_sums_up(tmp_path):
     done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=100, check=False)
     summary = (out / "summary.txt").read_text()
     assert done.returncode == 1
-    for name in ("machine", "build", "tests", "memcheck", "racecheck", "tune", "benchmarks"):
+    for name in ("machine", "build", "tests_gpu", "tests_cpu", "memcheck", "racecheck", "tune", "benchmarks"):
         assert f"== {name}: FAILED with exit code" in summary, name
-    assert "7 steps did not pass" in summary
+    assert "8 steps did not pass" in summary
     assert (out / "logs.tar.gz").is_file() and not (out / "logs").exists()
     usage = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], capture_output=True, text=True, check=False)
     assert usage.returncode == 2 and "usage: bash bench/gpu.sh OUT_FOLDER" in usage.stderr

@@ -56,7 +56,7 @@ def test_supernet_peers_compute_what_our_supernet_does():
     losses = {}
     for name, bind in case.all_contenders(False).items():
         run = bind(given)
-        losses[name] = torch.stack([run() for _ in range(3)])
+        losses[name] = torch.stack([run()[0] for _ in range(3)])
     assert losses[OURS][2] < losses[OURS][0]
     for name, values in losses.items():
         torch.testing.assert_close(values, losses[OURS], rtol=1e-9, atol=0, msg=name)
@@ -113,6 +113,24 @@ def test_bytes_of_the_units_are_the_documented_floor():
     a = 4 * 32 * 32 * 56 * 56
     found = {mode: units.unit_bytes(mode, "k5", 32, 64, 64, 56, 1, 4) / a for mode in units.MODES}
     assert found == {"train": 26.0, "forward": 10.0, "infer": 4.0}
+
+
+def test_outputs_hold_no_graph():
+    """What a contender returns keeps no autograd graph alive: that would spoil the capture of CUDA graphs."""
+    for case in registry.cases("cpu"):
+        if "7x7" in case.shape or case.op.startswith("quantize"):
+            given = case.inputs(CPU)
+            for name, bind in case.all_contenders(False).items():
+                assert all(tensor.grad_fn is None for tensor in registry.tensors_of(bind(given)())), (case.name, name)
+
+
+def test_cases_of_a_gpu_name_tests_that_run_on_it():
+    """CPU tests alone say nothing about CUDA kernels."""
+    for case in registry.cases("cuda"):
+        if OURS in case.contenders:
+            assert {"tests/test_gpu.py", "tests/ops/test_every_op.py"} & set(case.tests), case.name
+    for file in ("tests/test_gpu.py", "tests/ops/test_every_op.py"):
+        assert "pytest.mark.gpu" in (ROOT / file).read_text()
 
 
 def test_disagreement():

@@ -119,7 +119,9 @@ def disagreement(got: Any, wanted: Any) -> float:
 
 
 def tensors_of(outputs: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples and lists, in order."""
+    """The tensors in nested tuples and lists, in order; None (no gradient) is left out."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
+    if outputs is None:
+        return []
     return [tensor for output in outputs for tensor in tensors_of(output)]

@@ -83,7 +83,9 @@ def test_contenders_take_turns():
 def test_the_same_function_twice_is_as_fast_as_itself():
     """The A/A check: what separates two equal contenders is noise."""
     x = torch.randn(64, 64, 28, 28)
-    samples = measure.interleaved({name: lambda: x.square().sum() for name in "AB"}, CPU, seconds=0.5, least=9, most=200)
+    samples = measure.interleaved(
+        {name: lambda: x.square().sum() for name in "AB"}, CPU, seconds=0.5, least=9, most=200
+    )
     assert 0.7 < measure.ratio(samples["A"], samples["B"])["median"] < 1.4
 
 
@@ -167,7 +169,7 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on():
 
 @pytest.mark.parametrize("broken", ["ours", "peers", "inputs", "while timing"])
 def test_whatever_breaks_costs_one_case(broken, monkeypatch):
-    """A kernel of ours that raises, no peer that runs, inputs that cannot be made: red, and the next case is measured."""
+    """A kernel of ours that raises, no peer that runs, inputs that cannot be made: red, and the next case goes on."""
     monkeypatch.setattr(measure, "roofs", lambda device: ROOF)
     _, sleeper = toy()
 

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := constraints.txt CMakeLists.txt setup.py pyproject.toml $(shell find csrc kernels -type f -not -name '*.pyc')
-FORMATTED := $(shell find csrc kernels/cuda tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc kernels/cuda tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name "*.cuh" -o -name "*.inc")
 
 .PHONY: demo test lint build format clean
 

@@ -12,6 +12,18 @@ import numpy as np
 import spos_fast
 from spos_fast.analysis import nasbench_figures as figures
 from spos_fast.analysis.drawing import short_number
+from spos_fast.analysis.nasbench_text import (
+    absent,
+    accuracy_and_interval,
+    known,
+    listed,
+    median_and_range,
+    percent,
+    points,
+    rank_and_interval,
+    spaced,
+    three_correlations,
+)
 from spos_fast.analysis.page import card, document, figure_key, table, tiles
 from spos_fast.checkpoint import write_whole
 from spos_fast.nasbench import statistics
@@ -63,26 +75,26 @@ def _head(results: CellResults) -> str:
     trainings = f"{results.repeats} trainings" if results.repeats > 1 else "one training"
     lead = (
         f"{len(results):,} cells, {whole} of the space, with {trainings} of each. After {longest} epochs half of them "
-        f"are above <b>{_percent(np.median(known))}</b> validation accuracy; the best has "
-        f"<b>{_percent(known.max())}</b> (<code>{escape(results.hashes[best])}</code>)."
+        f"are above <b>{percent(np.median(known))}</b> validation accuracy; the best has "
+        f"<b>{percent(known.max())}</b> (<code>{escape(results.hashes[best])}</code>)."
     )
     missing = "<br>".join(escape(text) for text in _missing(results))
     notice = f'<p class="missing">{missing}</p>' if missing else ""
     over = f"over {len(known):,} cells"
     low = int((known < _DIVERGED).sum())
     entries = [
-        ("Best", _percent(known.max()), f"validation accuracy, {over}"),
-        ("Median", _percent(np.median(known)), f"mean {_percent(known.mean())}, deviation {_points(known.std())}"),
+        ("Best", percent(known.max()), f"validation accuracy, {over}"),
+        ("Median", percent(np.median(known)), f"mean {percent(known.mean())}, deviation {points(known.std())}"),
         ("Above 90%", f"{(known > 0.9).mean():.1%}", f"above 94%: {(known > 0.94).mean():.2%}, {over}"),
         ("Diverged", f"{low:,}", f"{low / len(known):.2%} below 15%, {over}"),
-        ("Parameters", short_number(float(np.median(results.params))), _range(results.params)),
+        ("Parameters", short_number(float(np.median(results.params))), median_and_range(results.params)),
     ]
     if results.has("time"):
         time = results.mean("time")
         seconds = time[np.isfinite(time)]
         entries.append(("Training", f"{np.median(seconds):,.0f} s", f"{seconds.min():,.0f} to {seconds.max():,.0f} s"))
     return f"""<h1>NAS-Bench-101</h1>
-<p class="path">What <code>{escape(results.name)}</code> says; budgets of {_list(results.epochs)} epochs</p>
+<p class="path">What <code>{escape(results.name)}</code> says; budgets of {listed(results.epochs)} epochs</p>
 <p class="lead">{lead}</p>
 {notice}{tiles(entries)}"""
 
@@ -104,7 +116,7 @@ def _missing(results: CellResults) -> list[str]:
         out.append("It holds one training of each cell: the noise between repeats cannot be shown.")
     silent = [str(epochs) for epochs in results.epochs if not results.has("time", epochs)]
     if silent:
-        out.append(f"It holds no training time for {_list(silent)} epochs.")
+        out.append(f"It holds no training time for {listed(silent)} epochs.")
     if len(results.epochs) < 2:
         out.append(f"It holds {results.epochs[0]} epochs only: budgets cannot be compared.")
     return out
@@ -132,28 +144,28 @@ def _accuracy(results: CellResults) -> str:
         second = card(
             f"Noise between repeats, {results.epochs[-1]} epochs",
             figures.ecdf_figure("noise", noises, "standard deviation over repeats", low=0),
-            f"{counted}. Medians: {_list(f'{name} {_points(float(np.median(v)))}' for name, _, _, v in noises)}. "
+            f"{counted}. Medians: {listed(f'{name} {points(float(np.median(v)))}' for name, _, _, v in noises)}. "
             f"Spearman's correlation of the first two trainings: {again.spearman:.3f} over {again.count:,} cells.",
             figure_key((name, colour, shape) for name, colour, shape, _ in noises),
         )
     else:
-        second = _absent("Noise between repeats", "needs at least two trainings of a cell")
+        second = absent("Noise between repeats", "needs at least two trainings of a cell")
     rows = []
     for name, _, _, values in series:
         known = values[np.isfinite(values)]
-        shares = [_percent(value) for value in np.quantile(known, _QUANTILES)] if len(known) else ["–"] * 8
-        rows.append((name, f"{len(known):,}", *shares, _percent(known.max()) if len(known) else "–"))
+        shares = [percent(value) for value in np.quantile(known, _QUANTILES)] if len(known) else ["–"] * 8
+        rows.append((name, f"{len(known):,}", *shares, percent(known.max()) if len(known) else "–"))
     head = ("Budget", "Cells", *(f"{100 * share:g}%" for share in _QUANTILES), "Best")
     return f"""<h2>How good cells are</h2>
 <div class="pair">{first}{second}</div>
-{_spaced(table(head, rows, "Quantiles of the validation accuracy, means over the repeats."))}"""
+{spaced(table(head, rows, "Quantiles of the validation accuracy, means over the repeats."))}"""
 
 
 def _parts(results: CellResults) -> str:
     """Training, validation and test accuracy."""
     there = [name for name in ("train", "validation", "test") if results.has(name)]
     if len(there) < 2:
-        return "<h2>Training, validation and test</h2>" + _absent("", "needs training or test accuracies")
+        return "<h2>Training, validation and test</h2>" + absent("", "needs training or test accuracies")
     means = {name: results.mean(name) for name in there}
     pairs = [
         (a, b) for a, b in (("validation", "test"), ("train", "validation"), ("train", "test")) if {a, b} <= {*there}
@@ -163,7 +175,12 @@ def _parts(results: CellResults) -> str:
     for a, b in pairs:
         found = statistics.correlation(means[a], means[b])
         rows.append(
-            (f"{a} and {b}", f"{found.count:,}", *_three(found), _points(float(np.nanmean(means[a] - means[b]))))
+            (
+                f"{a} and {b}",
+                f"{found.count:,}",
+                *three_correlations(found),
+                points(float(np.nanmean(means[a] - means[b]))),
+            )
         )
         if len(drawn) < 2:
             svg = figures.scatter_figure(f"{a}-{b}", means[a], means[b], (f"{a} accuracy", f"{b} accuracy"))
@@ -172,7 +189,7 @@ def _parts(results: CellResults) -> str:
     note = f"After {results.epochs[-1]} epochs, means over the repeats. Axes leave out the lowest 1%."
     return f"""<h2>Training, validation and test</h2>
 <div class="pair">{"".join(drawn)}</div>
-{_spaced(table(head, rows, note))}"""
+{spaced(table(head, rows, note))}"""
 
 
 def _cost(results: CellResults) -> str:
@@ -199,18 +216,18 @@ def _cost(results: CellResults) -> str:
             )
         )
     if len(drawn) < 2:
-        drawn.append(_absent("Accuracy and training time", "needs training times"))
+        drawn.append(absent("Accuracy and training time", "needs training times"))
     pairs = [("parameters and accuracy", costs[0][1], accuracy)]
     if len(costs) > 1:
         pairs += [("time and accuracy", costs[1][1], accuracy), ("parameters and time", costs[0][1], costs[1][1])]
     rows = []
     for title, first, second in pairs:
         found = statistics.correlation(first, second)
-        rows.append((title, f"{found.count:,}", *_three(found)))
+        rows.append((title, f"{found.count:,}", *three_correlations(found)))
     return f"""<h2>What accuracy costs</h2>
 <div class="pair">{"".join(drawn)}</div>
-{_spaced(_named_cells(results, marks))}
-{_spaced(table(("Correlation", "Cells", "Pearson", "Spearman", "Kendall"), rows))}"""
+{spaced(_named_cells(results, marks))}
+{spaced(table(("Correlation", "Cells", "Pearson", "Spearman", "Kendall"), rows))}"""
 
 
 def _named_cells(results: CellResults, marks: str) -> str:
@@ -227,8 +244,8 @@ def _named_cells(results: CellResults, marks: str) -> str:
                 f"{mark}: {text}",
                 name[:8],
                 f"{results.params[row]:,}",
-                _known(time, f"{time:,.0f} s"),
-                *(_known(value, _percent(value)) for value in values),
+                known(time, f"{time:,.0f} s"),
+                *(known(value, percent(value)) for value in values),
             )
         )
     return table(("Named cell", "Hash", "Parameters", "Training", "Validation", "Test"), rows)
@@ -249,12 +266,12 @@ def _operations(results: CellResults) -> str:
             "One operation replaced by another",
             figures.replacement_figure("replacement", effects, _OPS),
             "Pairs of cells with the same graph that differ in one operation: "
-            + _list(f"{len(e.accuracy):,} for {_OPS[e.before]} to {_OPS[e.after]}" for e in effects)
+            + listed(f"{len(e.accuracy):,} for {_OPS[e.before]} to {_OPS[e.after]}" for e in effects)
             + ". Thick: middle 50%; thin: middle 90%.",
             figure_key((("mean", "evolution", "diamond"), ("pairs", "random", "line"))),
         )
     else:
-        second = _absent("One operation replaced by another", "no two cells of this file differ in one operation only")
+        second = absent("One operation replaced by another", "no two cells of this file differ in one operation only")
     rows = []
     for entry in effects:
         for sign, before, after in ((1, entry.before, entry.after), (-1, entry.after, entry.before)):
@@ -265,9 +282,9 @@ def _operations(results: CellResults) -> str:
                 (
                     f"{_OPS[before]} to {_OPS[after]}",
                     f"{len(entry.accuracy):,}",
-                    _known(mean, f"{100 * mean:+.2f}"),
-                    _known(entry.interval, f"± {100 * entry.interval:.2f}"),
-                    _known(time, f"{time:+,.0f} s"),
+                    known(mean, f"{100 * mean:+.2f}"),
+                    known(entry.interval, f"± {100 * entry.interval:.2f}"),
+                    known(time, f"{time:+,.0f} s"),
                 )
             )
     effect = table(
@@ -281,15 +298,15 @@ def _operations(results: CellResults) -> str:
             for name, group in zip(_OPS, groups, strict=True)
             for by in [{entry.value: entry for entry in group}]
             for what, text in (
-                ("accuracy", lambda g: "–" if g is None else _percent(g.mean)),
+                ("accuracy", lambda g: "–" if g is None else percent(g.mean)),
                 ("cells", lambda g: "0" if g is None else f"{g.count:,}"),
-                ("mean time", lambda g: "–" if g is None else _known(g.time, f"{g.time:,.0f} s")),
+                ("mean time", lambda g: "–" if g is None else known(g.time, f"{g.time:,.0f} s")),
             )
         ],
     )
     return f"""<h2>Operations</h2>
 <div class="pair">{first}{second}</div>
-{_spaced(effect)}{_spaced(counts)}"""
+{spaced(effect)}{spaced(counts)}"""
 
 
 def _shape(results: CellResults) -> str:
@@ -298,7 +315,7 @@ def _shape(results: CellResults) -> str:
         ("Depth", "edges on the longest path", statistics.by_depth(results)),
         ("Width", "edges of the largest directed cut", statistics.by_width(results)),
     ):
-        counts = _list(f"{group.value}: {_percent(group.mean)} over {group.count:,}" for group in groups)
+        counts = listed(f"{group.value}: {percent(group.mean)} over {group.count:,}" for group in groups)
         svg = figures.group_figure(title.lower(), [("", "evolution", groups)], label)
         drawn.append(card(title, svg, f"Dots: mean; bars: quartiles. Means and numbers of cells: {counts}."))
     return f'<h2>Depth and width</h2>\n<div class="pair">{"".join(drawn)}</div>'
@@ -317,7 +334,15 @@ def _locality(found: Locality, results: CellResults) -> str:
         )
     ]  # fmt: skip
     rows = [
-        (str(a.distance), f"{a.pairs:,}", _correlation(a), _rank(a), f"{b.pairs:,}", _correlation(b), _rank(b))
+        (
+            str(a.distance),
+            f"{a.pairs:,}",
+            accuracy_and_interval(a),
+            rank_and_interval(a),
+            f"{b.pairs:,}",
+            accuracy_and_interval(b),
+            rank_and_interval(b),
+        )
         for a, b in zip(found.by_step, found.by_edit, strict=True)
     ]
     head = ("Distance", "Pairs, steps", "Accuracies", "Ranks", "Pairs, edits", "Accuracies", "Ranks")
@@ -331,7 +356,7 @@ def _locality(found: Locality, results: CellResults) -> str:
     )
     return f"""<h2>Locality</h2>
 <div class="pair">{"".join(drawn)}</div>
-{_spaced(table(head, rows, note))}"""
+{spaced(table(head, rows, note))}"""
 
 
 def _noise_text(series: Sequence[Autocorrelation]) -> str:
@@ -345,7 +370,7 @@ def _noise_text(series: Sequence[Autocorrelation]) -> str:
 
 def _budgets(results: CellResults) -> str:
     if len(results.epochs) < 2:
-        return "<h2>Short budgets as a guide to long ones</h2>" + _absent("", "needs more than one budget")
+        return "<h2>Short budgets as a guide to long ones</h2>" + absent("", "needs more than one budget")
     shares = (
         ("all cells", 1.0, "evolution", "line"),
         ("best 10%", 0.1, "choice-1", "dashed"),
@@ -360,7 +385,7 @@ def _budgets(results: CellResults) -> str:
     drawn = card(
         f"Rank correlation with {longest} epochs",
         figures.budget_figure("budgets", results.epochs[:-1], series),
-        f"{_list(f'{title}: {found[title][results.epochs[0], longest].count:,}' for title, *_ in shares)}; "
+        f"{listed(f'{title}: {found[title][results.epochs[0], longest].count:,}' for title, *_ in shares)}; "
         f"the best by accuracy after {longest} epochs.",
         figure_key((title, colour, shape) for title, colour, shape, _ in series),
     )
@@ -389,7 +414,7 @@ def _budgets(results: CellResults) -> str:
     )
     return f"""<h2>Short budgets as a guide to long ones</h2>
 <div class="pair">{drawn}{beside}</div>
-{_spaced(table(head, rows, "Validation accuracies, means over the repeats."))}"""
+{spaced(table(head, rows, "Validation accuracies, means over the repeats."))}"""
 
 
 def _foot(results: CellResults, seed: int) -> str:
@@ -401,55 +426,3 @@ after Ying et al., NAS-Bench-101: Towards Reproducible Neural Architecture Searc
 def _styles(count: int) -> list[tuple[str, str]]:
     """Colours and lines of budgets; the longest has the strongest."""
     return [_BUDGET_STYLES[max(0, index + len(_BUDGET_STYLES) - count)] for index in range(count)]
-
-
-def _absent(title: str, why: str) -> str:
-    head = f"<h3>{escape(title)}</h3>" if title else ""
-    return f'<div class="card">{head}<p class="missing">Not in this file: {escape(why)}.</p></div>'
-
-
-def _spaced(content: str) -> str:
-    return f'<div style="margin-top: 14px">{content}</div>'
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}%"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:.2f} points"
-
-
-def _known(value: float, text: str) -> str:
-    return text if math.isfinite(value) else "–"
-
-
-def _three(found: statistics.Correlation) -> tuple[str, str, str]:
-    values = (found.pearson, found.spearman, found.kendall)
-    return tuple(_known(value, f"{value:.3f}") for value in values)  # type: ignore[return-value]
-
-
-def _correlation(entry: Autocorrelation) -> str:
-    return _with_interval(entry.accuracy, entry.accuracy_interval)
-
-
-def _rank(entry: Autocorrelation) -> str:
-    return _with_interval(entry.rank, entry.rank_interval)
-
-
-def _with_interval(value: float, interval: tuple[float, float]) -> str:
-    return _known(value, f"{_two(value)} ({_two(interval[0])} to {_two(interval[1])})")
-
-
-def _two(value: float) -> str:
-    """Two decimals, without a minus before zero."""
-    return f"{round(value, 2) + 0.0:.2f}"
-
-
-def _range(values: np.ndarray) -> str:
-    return f"median; {short_number(float(values.min()))} to {short_number(float(values.max()))}"
-
-
-def _list(parts: object) -> str:
-    words = [str(part) for part in parts]  # type: ignore[attr-defined]
-    return " and ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} and {words[-1]}"

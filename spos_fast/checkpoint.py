@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file through a temporary neighbour and a rename, so that ``path`` is the old or the new file, never half.
 
     Raises:
-        CheckpointError: the content could not be written (full disk, no permission); ``path`` is as it was.
+        CheckpointError: the content could not be written (full disk, no permission), or ``path`` is a folder or a
+            device; ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file; name another one")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

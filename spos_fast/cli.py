@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, CheckpointError) as error:
         print(f"spos-fast: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output (head, less) has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return 0
     except KeyboardInterrupt:
         print("\nspos-fast: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -81,11 +81,18 @@ MappedFile::~MappedFile() {
 WholeFile::WholeFile(const std::string& path) : path_(path) {
     const size_t slash = path.rfind('/');
     const std::string name = slash == std::string::npos ? path : path.substr(slash + 1);
-    temporary_ = folder_of(path) + "/." + name + "." + std::to_string(::getpid()) + ".spos_fast_tmp";
     struct stat status;
-    if (name.empty() || (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode))) fail(EISDIR);
-    file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (file_ < 0) fail(errno);
+    const bool exists = ::stat(path.c_str(), &status) == 0;
+    if (name.empty() || (exists && S_ISDIR(status.st_mode))) fail(EISDIR);
+    if (exists && !S_ISREG(status.st_mode)) throw InputError(path + ": is no regular file; name another one");
+    // A name that nobody else uses: another thread, or a process of the same number in another container.
+    const std::string prefix = folder_of(path) + "/." + name + "." + std::to_string(::getpid()) + ".";
+    for (int attempt = 0; file_ < 0 && attempt < 1000; ++attempt) {
+        temporary_ = prefix + std::to_string(attempt) + ".spos_fast_tmp";
+        file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (file_ < 0 && errno != EEXIST) fail(errno);
+    }
+    if (file_ < 0) fail(EEXIST);
 }
 
 WholeFile::~WholeFile() {

@@ -210,10 +210,11 @@ class Message {
     const uint8_t *at_, *end_;
 };
 
+constexpr uint64_t kFewestParameters = 227'274, kMostParameters = 49'979'274;  // over all 423,624 cells
 constexpr int kVarint = 0, kFixed64 = 1, kBytes = 2;
 
 // One EvaluationData. The value of each metric as float32, which is what the official file holds in its doubles.
-void read_evaluation(Message message, const std::string& name, float* metrics) {
+void read_evaluation(Message message, const std::string& name, double epoch, float* metrics) {
     enum { kEpoch = 1, kFirstMetric = 2 };
     double values[kMetrics];
     unsigned seen = 0;
@@ -225,7 +226,12 @@ void read_evaluation(Message message, const std::string& name, float* metrics) {
         }
         if (wire != kFixed64) Message::fail("field " + std::to_string(field) + " of " + name + " is no double");
         const double value = message.fixed64();
-        if (field == kEpoch) continue;
+        if (field == kEpoch) {
+            if (!(std::abs(value - epoch) <= 0.5))
+                throw InputError(name + ": current_epoch " + std::to_string(value) + " is not about " +
+                                 std::to_string(epoch));
+            continue;
+        }
         values[field - kFirstMetric] = value;
         seen |= 1u << (field - kFirstMetric);
     }
@@ -259,14 +265,16 @@ void read_metrics(const std::vector<uint8_t>& bytes, Record& record) {
             const Message evaluation = message.message();
             // The first one, before training, is read by nobody.
             if (evaluations == 1 || evaluations == 2)
-                read_evaluation(evaluation, names[evaluations], record.metrics[evaluations - 1]);
+                read_evaluation(evaluation, names[evaluations], record.epochs * 0.5 * evaluations,
+                                record.metrics[evaluations - 1]);
             ++evaluations;
         } else if (field == kParameters) {
             if (wire != kVarint) Message::fail("trainable_parameters is no number");
             const uint64_t value = message.varint();
-            if (value == 0 || value > INT32_MAX)
+            if (value < kFewestParameters || value > kMostParameters)
                 throw InputError("trainable_parameters " + std::to_string(static_cast<int64_t>(value)) +
-                                 " is not within 1 and 2147483647");
+                                 " is not within " + std::to_string(kFewestParameters) + " and " +
+                                 std::to_string(kMostParameters) + ", as all of the space are");
             record.parameters = static_cast<int32_t>(value);
             counted = true;
         } else {
@@ -277,6 +285,8 @@ void read_metrics(const std::vector<uint8_t>& bytes, Record& record) {
         throw InputError("metrics hold " + std::to_string(evaluations) +
                          " evaluations; expected 3 (start, halfway, final)");
     if (!counted) throw InputError("metrics have no trainable_parameters");
+    if (record.metrics[1][kTrainingTime] < record.metrics[0][kTrainingTime])
+        throw InputError("training_time falls from evaluation 1 (halfway) to evaluation 2 (final)");
 }
 
 // --- the graph ---

@@ -26,6 +26,7 @@ from spos_fast.analysis.nasbench_text import (
 )
 from spos_fast.analysis.page import card, document, figure_key, table, tiles
 from spos_fast.checkpoint import write_whole
+from spos_fast.errors import InputError
 from spos_fast.nasbench import statistics
 from spos_fast.nasbench.locality import Autocorrelation, Locality, locality, noise_distance
 from spos_fast.nasbench.results import CELLS, CellResults
@@ -52,6 +53,8 @@ def write_statistics(results: CellResults, path: str | Path, *, walks: int = 30_
 
 def page(results: CellResults, *, walks: int = 30_000, seed: int = 0) -> str:
     """The report as an HTML document; ``walks`` random walks from ``seed`` measure locality."""
+    if not np.isfinite(results.mean("validation")).any():
+        raise InputError(f"{results.name}: no cell has a validation accuracy at {results.epochs[-1]} epochs")
     sections = [
         _head(results),
         _accuracy(results),

@@ -9,6 +9,8 @@ changed in 2019). What is different:
   ``is_valid`` too.
 - A float matrix of whole numbers finds its cell; there it is valid and then a KeyError.
 - ``fixed_statistics`` and ``computed_statistics`` are read-only mappings that make their values when asked.
+- Lengths of training are in ascending order, so a set of four of them may print in another order than there.
+- A matrix with fractions is a ValueError; there it is valid and then a KeyError.
 - ``evaluate`` trains with PyTorch and is told where CIFAR-10 is.
 """
 
@@ -102,16 +104,31 @@ class NASBench:
         random.seed(seed)
         print("Loading dataset from file... This may take a few minutes...")
         start = time.time()
-        self._table = open_any(dataset_file)
-        # Straight to the engine, past Table's checks: a query is microseconds.
-        self._engine = self._table._table
+        self._path = Path(dataset_file).absolute()
+        self._open()
         self.valid_epochs: set[int] = set(self._table.epochs)
-        self.fixed_statistics: Mapping[str, dict[str, Any]] = _FixedStatistics(self._table)
-        self.computed_statistics: Mapping[str, dict[int, list[dict[str, float]]]] = _ComputedStatistics(self._table)
         print("Loaded dataset in %d seconds" % (time.time() - start))  # noqa: UP031  # rounds as the official line
         self.history: dict[Any, Any] = {}
         self.training_time_spent = 0.0
         self.total_epochs_spent = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the open file: a copy, also one in another process, opens it again."""
+        state = dict(self.__dict__)
+        for name in ("_table", "_engine", "fixed_statistics", "computed_statistics"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        self._table = open_any(self._path)
+        # Straight to the engine, past Table's checks: a query is microseconds.
+        self._engine = self._table._table
+        self.fixed_statistics: Mapping[str, dict[str, Any]] = _FixedStatistics(self._table)
+        self.computed_statistics: Mapping[str, dict[int, list[dict[str, float]]]] = _ComputedStatistics(self._table)
 
     def query(self, model_spec: ModelSpec, epochs: int = 108, stop_halfway: bool = False) -> dict[str, Any]:
         """One training of a cell, drawn from its repeats; its time and epochs are added to the counters.
@@ -131,9 +148,10 @@ class NASBench:
         """
         if epochs not in self.valid_epochs:
             raise OutOfDomainError(f"invalid number of epochs, must be one of {self.valid_epochs}")
+        epochs = int(epochs)  # 108.0 is a valid number of epochs, too
         row = self._row(model_spec)
         repeat = random.randint(0, self.config["num_repeats"] - 1)
-        metrics = self._engine.metrics(row, epochs, repeat, stop_halfway)
+        metrics = self._engine.metrics(row, epochs, repeat, bool(stop_halfway))
         if metrics is None:
             raise IndexError("list index out of range") if self._table.repeats_of(row, epochs) else KeyError(epochs)
         self.training_time_spent += metrics[0]

@@ -56,29 +56,23 @@ def _enumerate(options: argparse.Namespace) -> None:
 
 def _write_cells(path: Path, cells: Cells) -> None:
     """Write all cells, whole or not at all."""
+    import io
     import json
-    import os
 
     import numpy as np
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.spos_fast_tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".npz":
-                np.savez(file, **vars(cells))
-            else:
-                graphs = {}
-                for i in np.argsort(cells.hashes).tolist():
-                    n = int(cells.vertices[i])
-                    graph = [cells.adjacency[i, :n, :n].tolist(), cells.ops[i, :n].tolist()]
-                    graphs[cells.hashes[i].decode()] = graph
-                file.write(json.dumps(graphs).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: could not be written ({error.strerror or error})") from None
+    from spos_fast.checkpoint import write_whole
+
+    if path.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(cells))
+        write_whole(path, buffer.getvalue())
+        return
+    graphs = {}
+    for i in np.argsort(cells.hashes).tolist():
+        n = int(cells.vertices[i])
+        graphs[cells.hashes[i].decode()] = [cells.adjacency[i, :n, :n].tolist(), cells.ops[i, :n].tolist()]
+    write_whole(path, json.dumps(graphs).encode())
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -145,7 +145,8 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean 0 and deviation 1, so that sums of squares lose no digits."""
-    return (values - np.nanmean(values)) / np.nanstd(values)
+    deviation = np.nanstd(values)
+    return (values - np.nanmean(values)) / (deviation if deviation > 0 else np.nan)
 
 
 def _sums(a: NDArray[np.float64], b: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -151,20 +151,17 @@ def _read_csv(path: Path) -> CellResults:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: could not be read ({' '.join(str(error).split())})") from None
     rows = csv.reader(io.StringIO(text))
-    header = next(rows, [])
-    budgets = [int(name[len(_ACCURACY) :]) for name in header if name.startswith(_ACCURACY)]
-    timed = [name for name in header if name.startswith(_TIME)]
-    wanted = len(_COLUMNS) + len(timed) + len(budgets)
-    if len(header) != wanted or not budgets or budgets != sorted(budgets) or len(timed) != 1:
-        raise InputError(f"{path}: expected the columns {', '.join(_COLUMNS)}, {_TIME}N_s, {_ACCURACY}N, ...")
     cells: list[Any] = []
-    for number, row in enumerate(rows, 2):
-        try:
-            cells.append(_csv_cell(row, wanted))
-        except ValueError as error:
-            raise InputError(f"{path}: line {number}: {error}") from None
+    try:
+        header = next(rows, [])
+        budgets = _csv_budgets(header)
+        for row in rows:
+            cells.append(_csv_cell(row, len(header)))
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise InputError(f"{path}: line {max(rows.line_num, 1)}: {error}") from None
     if not cells:
         raise InputError(f"{path}: holds no cells")
+    _check_hashes(path, cells)
     hashes, adjacency, ops, vertices, params, times, accuracies = zip(*cells, strict=True)
     shape = (len(cells), len(budgets), 1)
     unknown = np.full(shape, np.nan, dtype=np.float32)
@@ -185,6 +182,33 @@ def _read_csv(path: Path) -> CellResults:
     )
 
 
+def _csv_budgets(header: list[str]) -> list[int]:
+    """Training lengths of the accuracy columns; ValueError if the columns are others, or in another order."""
+    expected = f"expected the columns {', '.join(_COLUMNS)}, {_TIME}N_s, {_ACCURACY}N, ... with N ascending"
+    known = [name.partition("(")[0] for name in header[: len(_COLUMNS)]]  # interior_ops names its operations
+    timed, *accuracies = header[len(_COLUMNS) :] or [""]
+    named = [name[len(_ACCURACY) :] for name in accuracies if name.startswith(_ACCURACY)]
+    budgets = [int(budget) for budget in named if budget.isdecimal()]
+    ascending = bool(budgets) and budgets == sorted(set(budgets)) and len(budgets) == len(accuracies)
+    if known != list(_COLUMNS) or not ascending or timed != f"{_TIME}{budgets[-1]}_s":
+        raise ValueError(expected)
+    return budgets
+
+
+def _check_hashes(path: Path, cells: list[Any]) -> None:
+    """Every hash is that of its graph, and none comes twice."""
+    from spos_fast.nasbench import hash_cells
+
+    adjacency, ops, vertices = (np.array([cell[place] for cell in cells]) for place in (1, 2, 3))
+    seen: set[str] = set()
+    for line, (cell, name) in enumerate(zip(cells, hash_cells(adjacency, ops, vertices), strict=True), 2):
+        if name is None or cell[0] != name:
+            raise InputError(f"{path}: line {line}: hash {cell[0][:40]!r} is not that of the graph, {name}")
+        if name in seen:
+            raise InputError(f"{path}: line {line}: the cell {name} comes twice")
+        seen.add(name)
+
+
 def _csv_cell(row: list[str], wanted: int) -> tuple[Any, ...]:
     if len(row) != wanted:
         raise ValueError(f"has {len(row)} fields; expected {wanted}")
@@ -197,5 +221,12 @@ def _csv_cell(row: list[str], wanted: int) -> tuple[Any, ...]:
         raise ValueError("expected 0 and 1 in the matrix, and operations 0, 1 and 2")
     adjacency = np.zeros((SIZE, SIZE), dtype=np.uint8)
     adjacency[:size, :size] = np.frombuffer(edges.encode(), dtype=np.uint8).reshape(size, size) - ord("0")
+    if np.tril(adjacency).any():
+        raise ValueError("the matrix is not upper triangular")
     ops = [-1, *labels, -2] + [0] * (SIZE - size)
-    return name, adjacency, ops, size, int(params), float(time), [float(value) for value in accuracies]
+    values = [float(value) for value in accuracies]
+    if any(value < 0 or value > 1 for value in values):  # NaN is unknown
+        raise ValueError("an accuracy is not within 0 and 1")
+    if not 0 < int(params) < 2**31 or float(time) < 0:
+        raise ValueError(f"{params} parameters and {time} seconds of training are impossible")
+    return name, adjacency, ops, size, int(params), float(time), values

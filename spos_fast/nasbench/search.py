@@ -110,12 +110,27 @@ def search(
     for name, value in (("budget", budget), ("runs", runs)):
         if not 1 <= value < np.inf:
             raise InputError(f"{name}: got {value}; expected 1 or more")
+    if runs > _MOST_RUNS:
+        raise InputError(f"runs: got {runs}; expected {_MOST_RUNS:,} at most")
     bench = _Bench(results, budget, seed)
+    shortest = float(bench.time[bench.usable].min())
+    if budget < shortest:
+        raise InputError(f"budget: got {budget:g} seconds; the shortest training takes {shortest:g}")
+    trainings = budget / float(bench.time[bench.usable].mean()) * runs
+    if trainings > _MOST_TRAININGS:
+        raise InputError(
+            f"budget: {budget:g} seconds make about {trainings:.2g} trainings in {runs} runs; "
+            f"expected {_MOST_TRAININGS:.0e} at most"
+        )
     out = {}
     for method in methods:
         bench.rng = np.random.default_rng([seed, list(METHODS).index(method)])
         out[method] = Runs(method, *METHODS[method](bench, runs))
     return out
+
+
+# What fits into memory: every run keeps a few numbers a training.
+_MOST_RUNS, _MOST_TRAININGS = 100_000, 5e7
 
 
 class _Bench:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,14 +63,24 @@ class Table:
 
         Both checksums of every record are checked, and that each hash is that of its graph. Values are kept as float32,
         which is what the official file holds; a value that is none is refused. ``out`` appears whole or not at all; a
-        file of that name is replaced.
+        file of that name is replaced. A file whose cells have unequal numbers of records, as one that was cut short
+        between two records has, is converted with a RuntimeWarning.
 
         Raises:
             InputError: the tfrecord cannot be read or a record is wrong (named by its number from 0, its offset and the
                 check), or ``out`` cannot be written.
         """
         native.cells().convert(os.fspath(tfrecord), os.fspath(out))
-        return cls(out)
+        table = cls(out)
+        whole = len(table) * len(table.epochs) * table.repeats
+        if table.records != whole:
+            warnings.warn(
+                f"{os.fspath(tfrecord)}: {table.records} records, where {table.repeats} of every one of {len(table)} "
+                f"cells and {len(table.epochs)} training lengths would be {whole}; the file may be cut short",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return table
 
     def __len__(self) -> int:
         return len(self._table)

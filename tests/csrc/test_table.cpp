@@ -231,10 +231,14 @@ TEST(impossible_fields_are_named) {
     };
     const auto parameters = static_cast<uint64_t>(trainable_parameters(cell));
     const std::string halfway = evaluation({54, 5, 0.25, 0.125, 0.0625}), counted = "\x10" + varint(parameters);
-    CHECK(metrics_error(halfway + halfway + halfway + counted) == "");
+    const std::string final = evaluation({108, 10, 0.5, 0.25, 0.125});
+    CHECK(metrics_error(halfway + halfway + final + counted) == "");
+    CHECK(contains(metrics_error(halfway + final + halfway + counted), "current_epoch 108.000000 is not about 54"));
+    CHECK(contains(metrics_error(halfway + halfway + evaluation({108, 4, 0.5, 0.5, 0.5}) + counted),
+                   "training_time falls"));
     CHECK(contains(metrics_error(halfway + halfway + counted), "metrics hold 2 evaluations; expected 3"));
-    CHECK(contains(metrics_error(halfway + halfway + halfway + halfway + counted), "metrics hold 4 evaluations"));
-    CHECK(contains(metrics_error(halfway + halfway + halfway), "no trainable_parameters"));
+    CHECK(contains(metrics_error(halfway + halfway + final + final + counted), "metrics hold 4 evaluations"));
+    CHECK(contains(metrics_error(halfway + halfway + final), "no trainable_parameters"));
     CHECK(contains(metrics_error(halfway + halfway + evaluation({108, 10, 0.5, 0.5}) + counted),
                    "evaluation 2 (final) has no test_accuracy"));
     CHECK(contains(metrics_error(metrics(10, 0.1, parameters)), "is no float32 value"));
@@ -263,6 +267,8 @@ TEST(impossible_fields_are_named) {
     for (int i = 1; i < 18; ++i) {
         RecordText record = good;
         record.epochs = std::to_string(i);
+        record.metrics =
+            halfway + evaluation({i * 0.5, 5, 0.5, 0.5, 0.5}) + evaluation({i * 1.0, 10, 1, 1, 1}) + counted;
         many += framed(record.text());
     }
     CHECK(contains(convert_error(many), "more than 16 different numbers of epochs"));

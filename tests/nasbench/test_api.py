@@ -1,5 +1,7 @@
 """The official API: the README's example, every message, the counters, the draw of the repeat."""
 
+import copy
+import pickle
 import random
 from pathlib import Path
 
@@ -281,3 +283,24 @@ def test_wrong_files(tmp_path: Path, content: bytes | None) -> None:
         api.NASBench(path)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == ([path] if content is not None else [])
+
+
+def test_copies_and_pickles_open_the_file_again(tfrecord: Path) -> None:
+    """As the official object, it can be sent to another process or copied; counters go with it."""
+    bench = api.NASBench(tfrecord, seed=1)
+    spec = some_spec(bench)
+    bench.query(spec)
+    for other in (pickle.loads(pickle.dumps(bench)), copy.deepcopy(bench)):
+        assert other.get_budget_counters() == bench.get_budget_counters()
+        assert other.get_metrics_from_spec(spec)[1] == bench.get_metrics_from_spec(spec)[1]
+
+
+def test_epochs_of_other_number_types(tfrecord: Path) -> None:
+    """108.0 is in valid_epochs, so it is a question that has an answer."""
+    bench = api.NASBench(tfrecord)
+    spec = some_spec(bench)
+    for epochs in (108.0, np.float64(108), np.int32(108)):
+        random.seed(3)
+        answer = bench.query(spec, epochs=epochs)
+        random.seed(3)
+        assert answer["test_accuracy"] == bench.query(spec)["test_accuracy"]

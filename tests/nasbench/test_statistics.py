@@ -175,6 +175,13 @@ def test_two_vertex_cell_ends_a_walk(small_space: CellResults) -> None:
         (lambda text: text.replace(",7,9,", ",6,9,", 1), "line 2: 6 vertices, 49 entries and 5 operations"),
         (lambda text: text.replace("8555530", "many", 1), "line 2: invalid literal"),
         (lambda text: text.replace("0100110", "0200110", 1), "line 2: expected 0 and 1 in the matrix"),
+        (lambda text: text.replace("edges,", "x,", 1), "expected the columns hash"),
+        (lambda text: text.replace("val_acc_4,", "val_acc_x,", 1), "expected the columns hash"),
+        (lambda text: text.replace("8555530", "9" * 30, 1), "line 2: 9+ parameters .* impossible"),
+        (lambda text: text.replace("0.3604767620563507", "17.5", 1), "line 2: an accuracy is not within 0 and 1"),
+        (lambda text: text.replace("00005c14", "10005c14", 1), "line 2: hash '10005c14.*' is not that of the graph"),
+        (lambda text: text + text.split("\n")[1] + "\n", "line 4: the cell 00005c14.* comes twice"),
+        (lambda text: text.replace("0100110", "0" * 200_000, 1), "line 2: field larger than field limit"),
     ],
 )
 def test_wrong_csv(sample_path: Path, tmp_path: Path, change, message: str) -> None:

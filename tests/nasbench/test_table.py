@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,10 +130,11 @@ def test_missing_repeats(tmp_path: Path) -> None:
         adjacency = np.array([int(digit) for digit in matrix]).reshape(len(ops), -1)
         for epochs, time in times[: 3 - 2 * i]:
             points = [(0, 0, 0, 0, 0), (epochs / 2, time / 2, 0.5, 0.5, 0.5), (epochs, time, 1, 0.75, 0.75)]
-            text = record(hash_cell(adjacency, ops), epochs, matrix, ",".join(ops), metrics(points, 1000 + i))
+            text = record(hash_cell(adjacency, ops), epochs, matrix, ",".join(ops), metrics(points, 300_000 + i))
             texts.append(text)
     (tmp_path / "file").write_bytes(frames(texts))
-    table = Table.convert(tmp_path / "file", tmp_path / "table")
+    with pytest.warns(RuntimeWarning, match="4 records, where 2 of every one of 2 cells and 2 .* would be 8"):
+        table = Table.convert(tmp_path / "file", tmp_path / "table")
     arrays = table.to_numpy()
     assert arrays["epochs"].tolist() == [4, 108]
     wanted = [[[2, np.nan], [8, 16]], [[np.nan, np.nan], [8, np.nan]]]
@@ -298,7 +300,7 @@ def test_commands(table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert main(["nasbench", "query", str(tmp_path / "absent"), "--hash", "0" * 32]) == 2
     assert main(["nasbench", "enumerate", "--out", str(tmp_path / "cells.txt")]) == 2
-    assert main(["nasbench", "enumerate", "--out", str(tmp_path / "absent" / "cells.npz")]) == 2
+    assert main(["nasbench", "enumerate", "--out", str(table.path / "cells.npz")]) == 2
     assert main(["nasbench", "enumerate", "--out", str(tmp_path / "cells.npz")]) == 0
     assert "423624 cells" in capsys.readouterr().out
     with np.load(tmp_path / "cells.npz") as cells:
@@ -306,6 +308,49 @@ def test_commands(table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[st
         names = hash_cells(cells["adjacency"][some], cells["ops"][some], cells["vertices"][some])
         assert names == [hash.decode() for hash in cells["hashes"][some].tolist()]
     assert [path.name for path in tmp_path.iterdir()] == ["cells.npz"]
+
+
+def test_only_regular_files_are_replaced(official: Path, tmp_path: Path) -> None:
+    """A pipe or a device of that name stays what it is, whoever writes."""
+    pipe = tmp_path / "pipe.npz"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="is no regular file"):
+        Table.convert(official, pipe)
+    assert main(["nasbench", "enumerate", "--out", str(pipe)]) == 2
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe.npz"]
+
+
+def test_threads_that_convert_to_one_name(official: Path, tmp_path: Path) -> None:
+    """Each writes a file of its own; whatever stands under the name is whole at any moment."""
+    out = tmp_path / "table"
+    Table.convert(official, out)
+    with ThreadPoolExecutor(4) as pool:
+        conversions = [pool.submit(Table.convert, official, out) for _ in range(40)]
+        while not all(conversion.done() for conversion in conversions):
+            with Table.open(out) as table:
+                table.verify()
+        for conversion in conversions:
+            conversion.result().close()
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "points", "params", "message"),
+    [
+        (108, [(0, 0), (108, 2), (54, 1)], 882_570, "current_epoch 108.0+ is not about 54"),
+        (108, [(0, 0), (54, 2), (3, 2)], 882_570, "current_epoch 3.0+ is not about 108"),
+        (108, [(0, 0), (54, 2), (108, 1)], 882_570, "training_time falls"),
+        (108, [(0, 0), (54, 1), (108, 2)], 1, "trainable_parameters 1 is not within 227274 and 49979274"),
+    ],
+)
+def test_impossible_fields(epochs, points, params, message, tmp_path: Path) -> None:
+    """Evaluations in another order, of other epochs or with time running backwards, and parameters of no cell."""
+    matrix, ops = np.array([[0, 1], [0, 0]]), ["input", "output"]
+    content = metrics([(*point, 0.5, 0.5, 0.5) for point in points], params)
+    (tmp_path / "file").write_bytes(frames([record(hash_cell(matrix, ops), epochs, "0100", ",".join(ops), content)]))
+    with pytest.raises(InputError, match=f"record 0 .*{message}"):
+        Table.convert(tmp_path / "file", tmp_path / "table")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_torch() -> None:

@@ -14,10 +14,28 @@
 #define SPOS_SIMD_CLONES
 #endif
 
+// Code that is only worth having with the 32 vector registers of AVX-512; callers ask machine_is_wide() first.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define SPOS_SIMD_WIDE __attribute__((target("arch=x86-64-v4")))
+#else
+#define SPOS_SIMD_WIDE
+#endif
+
 // What a clone calls must be inlined into it, or it would run the default instruction set.
 #define SPOS_SIMD_INLINE inline __attribute__((always_inline))
 
 namespace spos::cpu {
+
+inline bool machine_is_wide() {
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+    static const bool wide = __builtin_cpu_supports("x86-64-v4");
+    return wide;
+#elif defined(__AVX512F__)
+    return true;
+#else
+    return false;
+#endif
+}
 
 // A pack is always 16 lanes, whatever the registers are: results then do not depend on the machine's vector width.
 constexpr int64_t kPack = 16;
@@ -56,6 +74,48 @@ SPOS_SIMD_INLINE FloatPack load_pack(const Half* from) {  // as widen(Half)
     const FloatPack scaled = reinterpret_cast<FloatPack>(magnitude << 13) * 5.192296858534828e33f;
     const auto special = reinterpret_cast<detail::WordPack>(magnitude >= 0x7c00u) & 0x7f800000u;
     return reinterpret_cast<FloatPack>(reinterpret_cast<detail::WordPack>(scaled) | special | (bits & 0x8000u) << 16);
+}
+
+SPOS_SIMD_INLINE void store_pack(float* to, const FloatPack& pack) {
+    std::memcpy(to, &pack, sizeof pack);
+}
+
+SPOS_SIMD_INLINE void store_pack(double* to, const DoublePack& pack) {
+    std::memcpy(to, &pack, sizeof pack);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+SPOS_SIMD_INLINE void store_pack(BFloat16* to, const FloatPack& pack) {
+    const auto bits = reinterpret_cast<detail::WordPack>(pack);
+    const auto is_nan = reinterpret_cast<detail::WordPack>((bits & 0x7fffffffu) > 0x7f800000u);
+    const detail::WordPack rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
+    const auto result = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), detail::ShortPack);
+    std::memcpy(to, &result, sizeof result);
+}
+
+SPOS_SIMD_INLINE void store_pack(Half* to, const FloatPack& pack) {
+    const auto bits = reinterpret_cast<detail::WordPack>(pack);
+    const detail::WordPack magnitude = bits & 0x7fffffffu;
+    const detail::WordPack normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+    // 0.5 has the exponent at which the last bit of a float is that of a subnormal half: the addition rounds.
+    const FloatPack shifted = reinterpret_cast<FloatPack>(magnitude) + 0.5f;
+    const detail::WordPack subnormal = reinterpret_cast<detail::WordPack>(shifted) - 0x3f000000u;
+    const auto is_small = reinterpret_cast<detail::WordPack>(magnitude < 0x38800000u);
+    const auto is_large = reinterpret_cast<detail::WordPack>(magnitude >= 0x47800000u);
+    const auto is_nan = reinterpret_cast<detail::WordPack>(magnitude > 0x7f800000u);
+    const detail::WordPack special = 0x7c00u | (is_nan & 0x200u);
+    const detail::WordPack half =
+        (special & is_large) | (subnormal & is_small) | (normal & ~(is_large | is_small)) | (bits >> 16 & 0x8000u);
+    const auto result = __builtin_convertvector(half, detail::ShortPack);
+    std::memcpy(to, &result, sizeof result);
+}
+
+// The first `n` < kPack values; nothing behind them is written.
+template <typename T, typename Pack>
+SPOS_SIMD_INLINE void store_partial(T* to, const Pack& pack, int64_t n) {
+    T padded[kPack];
+    store_pack(padded, pack);
+    std::memcpy(to, padded, n * sizeof(T));
 }
 
 // The first `n` < kPack values, zeros behind them; nothing beyond is read.

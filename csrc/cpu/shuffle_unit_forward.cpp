@@ -1,0 +1,189 @@
+#include "csrc/cpu/depthwise_rows.h"
+#include "csrc/cpu/matrix.h"
+#include "csrc/cpu/shuffle_unit.h"
+#include "csrc/cpu/unit_kernels.h"
+#include "csrc/cpu/unit_passes.h"
+
+namespace spos::cpu {
+namespace {
+
+constexpr int64_t kMostTasks = 64;  // of one pass: bounds the partial statistics
+
+template <typename T>
+class Forward {
+    using A = typename Compute<T>::type;
+
+public:
+    Forward(const ShuffleUnit& unit, const ShuffleUnitOutputs& outputs, const ParallelFor& parallel_for)
+        : u_(unit),
+          o_(outputs),
+          parallel_for_(parallel_for),
+          mean_(static_cast<A*>(outputs.mean)),
+          var_(static_cast<A*>(outputs.var)),
+          gamma_(static_cast<const A*>(unit.gamma)),
+          beta_(static_cast<const A*>(unit.beta)),
+          out_(static_cast<T*>(outputs.out)),
+          out_pitch_(unit.half + unit.made) {}
+
+    void run() {
+        first_pointwise();
+        depthwise();
+        second_pointwise();
+        last_activation();
+    }
+
+private:
+    // z1 = x_odd W1^T; the even channels are copied.
+    void first_pointwise() {
+        const T* weights = static_cast<const T*>(u_.pw1);
+        const auto packed =
+            pack<A>(u_.half, u_.mid, [&](int64_t k, int64_t j) { return widen(weights[j * u_.half + k]); });
+        const T* x = static_cast<const T*>(u_.x);
+        pointwise(packed, std::vector<A>(whole_packs(u_.mid)), static_cast<T*>(o_.z1), u_.mid, 0,
+                  [&](int64_t pixel, int64_t pixels, A* buffer) {
+                      split_channels(x + pixel * 2 * u_.half, 2 * u_.half, pixels, u_.half, out_ + pixel * out_pitch_,
+                                     out_pitch_, buffer);
+                      return static_cast<const A*>(buffer);
+                  });
+    }
+
+    // z2 = depthwise of relu(bn1(z1)).
+    void depthwise() {
+        const Affine<A> norm = affine(0, u_.mid);
+        const auto weights = pack_depthwise<A>(static_cast<const T*>(u_.dw), u_.mid, u_.kernel, false);
+        const BandTasks tasks(u_.samples, u_.height, u_.width, u_.mid);
+        Statistics statistics(tasks.samples * tasks.bands, u_.mid);
+        for (int64_t place = 0; place < statistics.places; ++place) {
+            const auto task = tasks[place * tasks.chunks];
+            statistics.counts[place] = (task.end - task.top) * u_.width;
+        }
+        parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
+            RowWindow<A> window(u_.height, u_.width, u_.kernel, BandTasks::kChunk / kPack);
+            const int64_t rows_at_once = divide_up(kBlock / 2, u_.width);
+            const auto results = scratch<A>(rows_at_once * u_.width * BandTasks::kChunk);
+            for (int64_t index = begin; index < end; ++index)
+                depthwise_band(tasks[index], norm, weights.data(), rows_at_once, window, results.get(), statistics);
+        });
+        statistics.finish(mean_ + u_.mid, var_ + u_.mid);
+    }
+
+    void depthwise_band(const BandTasks::Task& task, const Affine<A>& norm, const A* weights, int64_t rows_at_once,
+                        RowWindow<A>& window, A* results, Statistics& statistics) {
+        const int64_t packs = divide_up(task.width, kPack), pitch = packs * kPack;
+        const int64_t image = task.sample * u_.height * u_.width;
+        const T* z1 = static_cast<const T*>(o_.z1) + image * u_.mid + task.channel;
+        T* z2 = static_cast<T*>(o_.z2) + image * u_.mid + task.channel;
+        window.start(task.top);
+        int64_t done = 0;
+        for (int64_t top = task.top; top < task.end; top += rows_at_once) {
+            const int64_t rows = std::min(rows_at_once, task.end - top);
+            for (int64_t y = top; y < top + rows; ++y) {
+                window.reach(y, packs, [&](int64_t row, int64_t pack, A* to) {
+                    const int64_t c = pack * kPack, width = std::min(kPack, task.width - c);
+                    scale_and_shift(z1 + row * u_.width * u_.mid + c, u_.mid, u_.width, width,
+                                    norm.scale.data() + task.channel + c, norm.shift.data() + task.channel + c, true, to,
+                                    kPack);
+                });
+                for (int64_t pack = 0; pack < packs; ++pack)
+                    depthwise_row(window.rows(pack), window.first(), window.count(),
+                                  weights + (task.channel / kPack + pack) * u_.kernel * u_.kernel * kPack, u_.kernel,
+                                  u_.width, results + (y - top) * u_.width * pitch + pack * kPack, pitch);
+            }
+            store_with_moments(results, pitch, rows * u_.width, task.width, z2 + top * u_.width * u_.mid, u_.mid, done,
+                               statistics.mean(task.place) + task.channel, statistics.m2(task.place) + task.channel);
+            done += rows * u_.width;
+        }
+    }
+
+    // z3 = bn2(z2) W2^T. No ReLU lies between: the scale goes into the weights, the shift into the sums' start.
+    void second_pointwise() {
+        const Affine<A> norm = affine(u_.mid, u_.mid);
+        const T* weights = static_cast<const T*>(u_.pw2);
+        const auto packed = pack<A>(u_.mid, u_.made, [&](int64_t k, int64_t j) {
+            return static_cast<A>(widen(weights[j * u_.mid_stored + k]) * norm.scale[k]);
+        });
+        std::vector<A> start(whole_packs(u_.made));
+        for (int64_t j = 0; j < u_.made; ++j) {
+            double sum = 0;
+            for (int64_t k = 0; k < u_.mid; ++k) sum += double(widen(weights[j * u_.mid_stored + k])) * norm.shift[k];
+            start[j] = static_cast<A>(sum);
+        }
+        const T* z2 = static_cast<const T*>(o_.z2);
+        pointwise(packed, start, static_cast<T*>(o_.z3), o_.z3_pitch, 2 * u_.mid,
+                  [&](int64_t pixel, int64_t pixels, A* buffer) {
+                      return widened(z2 + pixel * u_.mid, pixels * u_.mid, buffer);
+                  });
+    }
+
+    void last_activation() {
+        const Affine<A> norm = affine(2 * u_.mid, u_.made);
+        const T* z3 = static_cast<const T*>(o_.z3);
+        const PixelTasks tasks(u_.pixels(), kMostTasks);
+        parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
+            for (int64_t pixel = tasks.begin(begin); pixel < tasks.end(end - 1); pixel += kBlock)
+                scale_and_shift(z3 + pixel * o_.z3_pitch, o_.z3_pitch, std::min(kBlock, u_.pixels() - pixel), u_.made,
+                                norm.scale.data(), norm.shift.data(), true, out_ + pixel * out_pitch_ + u_.half,
+                                out_pitch_);
+        });
+    }
+
+    // z = start + input weights for all pixels, with statistics to `normalised` on in mean and var. read(pixel, pixels,
+    // buffer) returns the packed input rows of a block, in the buffer or where they lie.
+    template <typename Read>
+    void pointwise(const Packed<A>& weights, const std::vector<A>& start, T* z, int64_t pitch, int64_t normalised,
+                   Read read) {
+        const PixelTasks tasks(u_.pixels(), kMostTasks);
+        Statistics statistics(tasks.count, weights.columns);
+        parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
+            const auto buffer = scratch<A>(kBlock * weights.depth);
+            const auto results = scratch<A>(kBlock * panel_packs() * kPack);
+            for (int64_t task = begin; task < end; ++task) {
+                for (int64_t pixel = tasks.begin(task); pixel < tasks.end(task); pixel += kBlock) {
+                    const int64_t pixels = std::min(kBlock, tasks.end(task) - pixel);
+                    const A* input = read(pixel, pixels, buffer.get());
+                    for (int64_t panel = 0; panel < weights.panels(); ++panel) {
+                        const int64_t packs = weights.packs_of(panel), width = packs * kPack;
+                        const int64_t first = panel * panel_packs() * kPack;
+                        multiply(Product<A>{input, weights.depth, 1, weights.panel(panel), width, pixels, packs,
+                                            weights.depth, start.data() + first, 0, results.get(), width});
+                        store_with_moments(results.get(), width, pixels, std::min(width, weights.columns - first),
+                                           z + pixel * pitch + first, pitch, pixel - tasks.begin(task),
+                                           statistics.mean(task) + first, statistics.m2(task) + first);
+                    }
+                }
+                statistics.counts[task] = tasks.end(task) - tasks.begin(task);
+            }
+        });
+        statistics.finish(mean_ + normalised, var_ + normalised);
+    }
+
+    Affine<A> affine(int64_t normalised, int64_t channels) const {
+        return {channels, mean_ + normalised, var_ + normalised, gamma_ ? gamma_ + normalised : nullptr,
+                beta_ ? beta_ + normalised : nullptr, u_.epsilon};
+    }
+
+    const ShuffleUnit& u_;
+    const ShuffleUnitOutputs& o_;
+    const ParallelFor& parallel_for_;
+    A *mean_, *var_;
+    const A *gamma_, *beta_;
+    T* out_;
+    int64_t out_pitch_;
+};
+
+}  // namespace
+
+void shuffle_unit_forward(const ShuffleUnit& unit, const ShuffleUnitOutputs& outputs, const ParallelFor& parallel_for) {
+    switch (unit.dtype) {
+        case DType::float32:
+            return Forward<float>(unit, outputs, parallel_for).run();
+        case DType::float64:
+            return Forward<double>(unit, outputs, parallel_for).run();
+        case DType::float16:
+            return Forward<Half>(unit, outputs, parallel_for).run();
+        case DType::bfloat16:
+            return Forward<BFloat16>(unit, outputs, parallel_for).run();
+    }
+}
+
+}  // namespace spos::cpu

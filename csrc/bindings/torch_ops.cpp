@@ -183,18 +183,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuffle_unit_cpu(
     const Tensor out = empty_channels_last(given.x, n, unit.half + unit.made, h, w);
     const Tensor mean = torch::stable::new_empty(given.x, {unit.normalised()}, statistics_type(unit.dtype));
     const Tensor var = torch::stable::new_empty(mean, {unit.normalised()});
-    const Tensor z1 = empty_channels_last(given.x, n, mid, h, w), z2 = empty_channels_last(given.x, n, mid, h, w);
-    const Tensor z3 = empty_channels_last(given.x, save ? n : 0, unit.made, h, w);
-    char* last = static_cast<char*>(save ? z3.mutable_data_ptr() : out.mutable_data_ptr());
-    if (!save) last += unit.half * spos::item_size(unit.dtype);
-    spos::cpu::shuffle_unit_forward(
-        unit,
-        {out.mutable_data_ptr(), z1.mutable_data_ptr(), z2.mutable_data_ptr(), last,
-         save ? unit.made : unit.half + unit.made, mean.mutable_data_ptr(), var.mutable_data_ptr()},
-        parallel_for);
-    if (save) return {out, z1, z2, z3, mean, var};
-    const Tensor none = empty_channels_last(given.x, 0, mid, h, w);
-    return {out, none, empty_channels_last(given.x, 0, mid, h, w), z3, mean, var};
+    const bool in_place = !save && spos::cpu::in_place(unit);
+    const int64_t inner = in_place ? 0 : n, last = save ? n : 0;
+    Tensor z1 = empty_channels_last(given.x, inner, mid, h, w), z2 = empty_channels_last(given.x, inner, mid, h, w);
+    const Tensor z3 = empty_channels_last(given.x, last, unit.made, h, w);
+    const int64_t row = unit.half + unit.made;
+    void* branch = static_cast<char*>(out.mutable_data_ptr()) + unit.half * spos::item_size(unit.dtype);
+    spos::cpu::ShuffleUnitOutputs outputs{out.mutable_data_ptr(),  z1.mutable_data_ptr(),   z2.mutable_data_ptr(),
+                                          z3.mutable_data_ptr(),   {mid, mid, unit.made},   mean.mutable_data_ptr(),
+                                          var.mutable_data_ptr()};
+    if (!save) outputs.z3 = branch, outputs.pitch[2] = row;
+    if (in_place) outputs.z1 = outputs.z2 = branch, outputs.pitch[0] = outputs.pitch[1] = row;
+    spos::cpu::shuffle_unit_forward(unit, outputs, parallel_for);
+    if (!save && !in_place) {
+        z1 = empty_channels_last(given.x, 0, mid, h, w);
+        z2 = empty_channels_last(given.x, 0, mid, h, w);
+    }
+    return {out, z1, z2, z3, mean, var};
 }
 
 #ifdef SPOS_FAST_WITH_CUDA

@@ -35,13 +35,16 @@ struct ShuffleUnit {
 
 struct ShuffleUnitOutputs {
     void* out;         // [pixels, half + made]
-    void* z1;          // [pixels, mid]: outputs of the three convolutions
-    void* z2;          // [pixels, mid]
-    void* z3;          // [pixels, z3_pitch]; may be `out` from channel `half` on
-    int64_t z3_pitch;
+    void* z1;          // outputs of the three convolutions: `mid`, `mid` and `made` channels, each pixel `pitch` from
+    void* z2;          // the last. All may be one place, and that may be `out` from channel `half` on, if nobody needs
+    void* z3;          // them later and in_place() agrees
+    int64_t pitch[3];
     void* mean;        // [mid + mid + made], of the statistics type
     void* var;         // likewise; divided by the number of pixels
 };
+
+// Whether the convolutions can write over each other's outputs in memory for `made` channels.
+bool in_place(const ShuffleUnit& unit);
 
 void shuffle_unit_forward(const ShuffleUnit& unit, const ShuffleUnitOutputs& outputs, const ParallelFor& parallel_for);
 

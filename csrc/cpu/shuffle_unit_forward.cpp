@@ -8,6 +8,19 @@ namespace spos::cpu {
 namespace {
 
 constexpr int64_t kMostTasks = 64;  // of one pass: bounds the partial statistics
+constexpr int64_t kRowsAhead = 4;   // how early the depthwise pass asks for its input
+constexpr int64_t kStep = 28;       // pixels between two rounds of prefetching in a matrix product
+
+// What each pixel has somewhere in memory.
+struct Nearby {
+    const void* start;
+    int64_t pitch, bytes;
+
+    template <bool kWrite>
+    void prefetch(int64_t begin, int64_t end) const {
+        prefetch_rows<kWrite>(static_cast<const char*>(start) + begin * pitch, pitch, end - begin, bytes);
+    }
+};
 
 template <typename T>
 class Forward {
@@ -39,7 +52,9 @@ private:
         const auto packed =
             pack<A>(u_.half, u_.mid, [&](int64_t k, int64_t j) { return widen(weights[j * u_.half + k]); });
         const T* x = static_cast<const T*>(u_.x);
-        pointwise(packed, std::vector<A>(whole_packs(u_.mid)), static_cast<T*>(o_.z1), u_.mid, 0,
+        const int64_t size = sizeof(T), row = out_pitch_ * size;
+        const Nearby needed[] = {{x, 2 * u_.half * size, 2 * u_.half * size}, {out_, row, u_.half * size}};
+        pointwise(packed, std::vector<A>(whole_packs(u_.mid)), needed, static_cast<T*>(o_.z1), o_.pitch[0], 0,
                   [&](int64_t pixel, int64_t pixels, A* buffer) {
                       split_channels(x + pixel * 2 * u_.half, 2 * u_.half, pixels, u_.half, out_ + pixel * out_pitch_,
                                      out_pitch_, buffer);
@@ -62,37 +77,56 @@ private:
             const int64_t rows_at_once = divide_up(kBlock / 2, u_.width);
             const auto results = scratch<A>(rows_at_once * u_.width * BandTasks::kChunk);
             for (int64_t index = begin; index < end; ++index)
-                depthwise_band(tasks[index], norm, weights.data(), rows_at_once, window, results.get(), statistics);
+                depthwise_band(tasks[index], tasks[std::min(index + 1, end - 1)], norm, weights.data(), rows_at_once,
+                               window, results.get(), statistics);
         });
         statistics.finish(mean_ + u_.mid, var_ + u_.mid);
     }
 
-    void depthwise_band(const BandTasks::Task& task, const Affine<A>& norm, const A* weights, int64_t rows_at_once,
-                        RowWindow<A>& window, A* results, Statistics& statistics) {
+    void depthwise_band(const BandTasks::Task& task, const BandTasks::Task& next, const Affine<A>& norm,
+                        const A* weights, int64_t rows_at_once, RowWindow<A>& window, A* results,
+                        Statistics& statistics) {
         const int64_t packs = divide_up(task.width, kPack), pitch = packs * kPack;
-        const int64_t image = task.sample * u_.height * u_.width;
-        const T* z1 = static_cast<const T*>(o_.z1) + image * u_.mid + task.channel;
-        T* z2 = static_cast<T*>(o_.z2) + image * u_.mid + task.channel;
+        const Rows z1 = image(o_.z1, o_.pitch[0], task), z2 = image(o_.z2, o_.pitch[1], task);
+        const Rows next_z1 = image(o_.z1, o_.pitch[0], next);
+        const int64_t halo = u_.kernel / 2, limit = std::min(u_.height, task.end + halo);
+        const int64_t next_top = std::max<int64_t>(0, next.top - halo);
         window.start(task.top);
         int64_t done = 0;
         for (int64_t top = task.top; top < task.end; top += rows_at_once) {
             const int64_t rows = std::min(rows_at_once, task.end - top);
             for (int64_t y = top; y < top + rows; ++y) {
+                const int64_t ahead = y + halo + kRowsAhead, beyond = next_top + ahead - limit;
+                if (ahead < limit)
+                    prefetch_rows<false>(z1.row(ahead), z1.pitch * sizeof(T), u_.width, task.width * sizeof(T));
+                else if (beyond < u_.height)
+                    prefetch_rows<false>(next_z1.row(beyond), z1.pitch * sizeof(T), u_.width, next.width * sizeof(T));
+                prefetch_rows<true>(z2.row(y), z2.pitch * sizeof(T), u_.width, task.width * sizeof(T));
                 window.reach(y, packs, [&](int64_t row, int64_t pack, A* to) {
                     const int64_t c = pack * kPack, width = std::min(kPack, task.width - c);
-                    scale_and_shift(z1 + row * u_.width * u_.mid + c, u_.mid, u_.width, width,
-                                    norm.scale.data() + task.channel + c, norm.shift.data() + task.channel + c, true, to,
-                                    kPack);
+                    scale_and_shift(z1.row(row) + c, z1.pitch, u_.width, width, norm.scale.data() + task.channel + c,
+                                    norm.shift.data() + task.channel + c, true, to, kPack);
                 });
                 for (int64_t pack = 0; pack < packs; ++pack)
                     depthwise_row(window.rows(pack), window.first(), window.count(),
                                   weights + (task.channel / kPack + pack) * u_.kernel * u_.kernel * kPack, u_.kernel,
                                   u_.width, results + (y - top) * u_.width * pitch + pack * kPack, pitch);
             }
-            store_with_moments(results, pitch, rows * u_.width, task.width, z2 + top * u_.width * u_.mid, u_.mid, done,
+            store_with_moments(results, pitch, rows * u_.width, task.width, z2.row(top), z2.pitch, done,
                                statistics.mean(task.place) + task.channel, statistics.m2(task.place) + task.channel);
             done += rows * u_.width;
         }
+    }
+
+    // The rows of a task's image, from its first channel on.
+    struct Rows {
+        T* start;
+        int64_t width, pitch;  // pixels in a row, and values from one pixel to the next
+
+        T* row(int64_t y) const { return start + y * width * pitch; }
+    };
+    Rows image(void* data, int64_t pitch, const BandTasks::Task& task) const {
+        return {static_cast<T*>(data) + task.sample * u_.height * u_.width * pitch + task.channel, u_.width, pitch};
     }
 
     // z3 = bn2(z2) W2^T. No ReLU lies between: the scale goes into the weights, the shift into the sums' start.
@@ -109,9 +143,19 @@ private:
             start[j] = static_cast<A>(sum);
         }
         const T* z2 = static_cast<const T*>(o_.z2);
-        pointwise(packed, start, static_cast<T*>(o_.z3), o_.z3_pitch, 2 * u_.mid,
+        const int64_t pitch = o_.pitch[1];
+        // A block that will be written over before its last panel is read, or has gaps, is copied.
+        const bool copied = o_.z2 == o_.z3 || pitch != u_.mid;
+        const int64_t size = sizeof(T);
+        const Nearby needed[] = {{z2, pitch * size, u_.mid * size}};
+        pointwise(packed, start, needed, static_cast<T*>(o_.z3), o_.pitch[2], 2 * u_.mid,
                   [&](int64_t pixel, int64_t pixels, A* buffer) {
-                      return widened(z2 + pixel * u_.mid, pixels * u_.mid, buffer);
+                      if (!copied) return widened(z2 + pixel * pitch, pixels * u_.mid, buffer);
+                      for (int64_t p = 0; p < pixels; ++p) {
+                          const T* row = z2 + (pixel + p) * pitch;
+                          std::copy_n(widened(row, u_.mid, buffer + p * u_.mid), u_.mid, buffer + p * u_.mid);
+                      }
+                      return static_cast<const A*>(buffer);
                   });
     }
 
@@ -121,17 +165,17 @@ private:
         const PixelTasks tasks(u_.pixels(), kMostTasks);
         parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
             for (int64_t pixel = tasks.begin(begin); pixel < tasks.end(end - 1); pixel += kBlock)
-                scale_and_shift(z3 + pixel * o_.z3_pitch, o_.z3_pitch, std::min(kBlock, u_.pixels() - pixel), u_.made,
+                scale_and_shift(z3 + pixel * o_.pitch[2], o_.pitch[2], std::min(kBlock, u_.pixels() - pixel), u_.made,
                                 norm.scale.data(), norm.shift.data(), true, out_ + pixel * out_pitch_ + u_.half,
                                 out_pitch_);
         });
     }
 
     // z = start + input weights for all pixels, with statistics to `normalised` on in mean and var. read(pixel, pixels,
-    // buffer) returns the packed input rows of a block, in the buffer or where they lie.
-    template <typename Read>
-    void pointwise(const Packed<A>& weights, const std::vector<A>& start, T* z, int64_t pitch, int64_t normalised,
-                   Read read) {
+    // buffer) returns the packed input rows of a block, in the buffer or where they lie; `needed` is what it touches.
+    template <typename Read, size_t kNeeded>
+    void pointwise(const Packed<A>& weights, const std::vector<A>& start, const Nearby (&needed)[kNeeded], T* z,
+                   int64_t pitch, int64_t normalised, Read read) {
         const PixelTasks tasks(u_.pixels(), kMostTasks);
         Statistics statistics(tasks.count, weights.columns);
         parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
@@ -141,13 +185,28 @@ private:
                 for (int64_t pixel = tasks.begin(task); pixel < tasks.end(task); pixel += kBlock) {
                     const int64_t pixels = std::min(kBlock, tasks.end(task) - pixel);
                     const A* input = read(pixel, pixels, buffer.get());
+                    const int64_t rounds = weights.panels() * divide_up(pixels, kStep);
+                    int64_t round = 0;
                     for (int64_t panel = 0; panel < weights.panels(); ++panel) {
                         const int64_t packs = weights.packs_of(panel), width = packs * kPack;
                         const int64_t first = panel * panel_packs() * kPack;
-                        multiply(Product<A>{input, weights.depth, 1, weights.panel(panel), width, pixels, packs,
-                                            weights.depth, start.data() + first, 0, results.get(), width});
-                        store_with_moments(results.get(), width, pixels, std::min(width, weights.columns - first),
-                                           z + pixel * pitch + first, pitch, pixel - tasks.begin(task),
+                        const int64_t used = std::min(width, weights.columns - first);
+                        T* to = z + pixel * pitch + first;
+                        const Nearby place{to, pitch * int64_t(sizeof(T)), used * int64_t(sizeof(T))};
+                        for (int64_t row = 0; row < pixels; row += kStep, ++round) {
+                            const int64_t rows = std::min(kStep, pixels - row);
+                            // The processor fetches what comes next while it multiplies.
+                            place.template prefetch<true>(row, row + rows);
+                            const int64_t soon = pixel + pixels + kBlock * round / rounds;
+                            const int64_t later = pixel + pixels + kBlock * (round + 1) / rounds;
+                            for (const Nearby& rows_of : needed)
+                                rows_of.template prefetch<false>(std::min(soon, u_.pixels()),
+                                                                 std::min(later, u_.pixels()));
+                            multiply(Product<A>{input + row * weights.depth, weights.depth, 1, weights.panel(panel),
+                                                width, rows, packs, weights.depth, start.data() + first, 0,
+                                                results.get() + row * width, width});
+                        }
+                        store_with_moments(results.get(), width, pixels, used, to, pitch, pixel - tasks.begin(task),
                                            statistics.mean(task) + first, statistics.m2(task) + first);
                     }
                 }
@@ -172,6 +231,11 @@ private:
 };
 
 }  // namespace
+
+bool in_place(const ShuffleUnit& unit) {
+    // A band of the depthwise convolution reads rows that belong to the next one.
+    return unit.mid <= unit.made && BandTasks(unit.samples, unit.height, unit.width, unit.mid).bands == 1;
+}
 
 void shuffle_unit_forward(const ShuffleUnit& unit, const ShuffleUnitOutputs& outputs, const ParallelFor& parallel_for) {
     switch (unit.dtype) {

@@ -126,6 +126,26 @@ SPOS_SIMD_INLINE auto load_partial(const T* from, int64_t n) {
     return load_pack(padded);
 }
 
+// Every other lane of two packs that lie one behind the other.
+template <typename Pack>
+SPOS_SIMD_INLINE Pack even_lanes(const Pack& low, const Pack& high) {
+    return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+template <typename Pack>
+SPOS_SIMD_INLINE Pack odd_lanes(const Pack& low, const Pack& high) {
+    return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Asks for `rows` rows of `bytes` bytes, `pitch` bytes apart, before they are needed: into the second-level cache, where
+// they do not push out what is being worked on. kWrite: they are about to be written.
+template <bool kWrite>
+inline void prefetch_rows(const void* from, int64_t pitch, int64_t rows, int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    const char* row = static_cast<const char*>(from);
+    for (int64_t r = 0; r < rows; ++r, row += pitch)
+        for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at, kWrite, 2);
+}
+
 template <typename A, typename Pack>
 SPOS_SIMD_INLINE A sum_of(const Pack& pack, int64_t lanes = kPack) {
     A sum = 0;

@@ -10,11 +10,19 @@ namespace {
 template <typename T, typename A>
 SPOS_SIMD_INLINE void split_rows(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* passed,
                                  int64_t passed_pitch, A* rest) {
-    for (int64_t p = 0; p < pixels; ++p, x += pitch, passed += passed_pitch, rest += channels)
-        for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < pixels; ++p, x += pitch, passed += passed_pitch, rest += channels) {
+        int64_t c = 0;
+        if constexpr (sizeof(T) == sizeof(A))
+            for (; c + kPack <= channels; c += kPack) {
+                const auto low = load_pack(x + 2 * c), high = load_pack(x + 2 * c + kPack);
+                store_pack(passed + c, even_lanes(low, high));
+                store_pack(rest + c, odd_lanes(low, high));
+            }
+        for (; c < channels; ++c) {
             passed[c] = x[2 * c];
             rest[c] = widen(x[2 * c + 1]);
         }
+    }
 }
 
 template <typename T, typename A>
@@ -65,19 +73,27 @@ template <bool kRelu, typename T, typename U, typename A>
 SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale,
                                   const A* shift, U* to, int64_t to_pitch) {
     using Pack = decltype(load_pack(scale));
-    for (int64_t c = 0; c < channels; c += kPack) {
-        const Pack a = load_pack(scale + c), b = load_pack(shift + c), zero = {};
-        auto result = [&](const Pack& value) __attribute__((always_inline)) {
-            const Pack y = a * value + b;
-            return kRelu ? (y < zero ? zero : y) : y;  // a NaN stays one
-        };
-        const int64_t width = std::min(kPack, channels - c);
-        if (width == kPack)
-            for (int64_t p = 0; p < pixels; ++p)
-                store_pack(to + p * to_pitch + c, result(load_pack(from + p * pitch + c)));
-        else
-            for (int64_t p = 0; p < pixels; ++p)
-                store_partial(to + p * to_pitch + c, result(load_partial(from + p * pitch + c, width)), width);
+    auto result = [](const Pack& value, const Pack& a, const Pack& b) __attribute__((always_inline)) {
+        const Pack y = a * value + b, zero = {};
+        return kRelu ? (y < zero ? zero : y) : y;  // a NaN stays one
+    };
+    if (channels == kPack) {
+        const Pack a = load_pack(scale), b = load_pack(shift);
+        for (int64_t p = 0; p < pixels; ++p) store_pack(to + p * to_pitch, result(load_pack(from + p * pitch), a, b));
+        return;
+    }
+    constexpr int64_t kAhead = 8;
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
+        const int64_t ahead = std::min(kAhead, pixels - 1 - p);
+        int64_t c = 0;
+        for (; c + kPack <= channels; c += kPack) {
+            __builtin_prefetch(from + ahead * pitch + c);
+            __builtin_prefetch(to + ahead * to_pitch + c, 1);
+            store_pack(to + c, result(load_pack(from + c), load_pack(scale + c), load_pack(shift + c)));
+        }
+        if (c < channels)
+            store_partial(to + c, result(load_partial(from + c, channels - c), load_pack(scale + c), load_pack(shift + c)),
+                          channels - c);
     }
 }
 

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -135,19 +136,24 @@ UnitArguments unit_arguments(const Tensor& x, const Tensor& pw1, const Tensor& d
     STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && x.size(1) % 2 == 0,
                     "x must be [N, C, H, W], not empty, with an even number of channels");
     const int64_t half = x.size(1) / 2;
-    STD_TORCH_CHECK(pw1.dim() == 4 && pw1.size(1) == half && pw1.size(2) == 1 && pw1.size(3) == 1,
-                    "pw1 must be [M, ", half, ", 1, 1]");
+    STD_TORCH_CHECK(pw1.dim() == 4 && pw1.size(1) == half && pw1.size(2) == 1 && pw1.size(3) == 1, "pw1 must be [M, ",
+                    half, ", 1, 1]");
     const int64_t stored = pw1.size(0);
-    STD_TORCH_CHECK(dw.dim() == 4 && dw.size(0) == stored && dw.size(1) == 1 && dw.size(2) == dw.size(3) &&
-                        dw.size(2) % 2 == 1,
-                    "dw must be [", stored, ", 1, k, k] with an odd k");
+    STD_TORCH_CHECK(
+        dw.dim() == 4 && dw.size(0) == stored && dw.size(1) == 1 && dw.size(2) == dw.size(3) && dw.size(2) % 2 == 1,
+        "dw must be [", stored, ", 1, k, k] with an odd k");
     STD_TORCH_CHECK(pw2.dim() == 4 && pw2.size(1) == stored && pw2.size(2) == 1 && pw2.size(3) == 1,
                     "pw2 must be [out, ", stored, ", 1, 1]");
     STD_TORCH_CHECK(mid >= 1 && mid <= stored, "mid must be from 1 to ", stored, ", got ", mid);
     for (const Tensor* weight : {&pw1, &dw, &pw2})
         STD_TORCH_CHECK(weight->scalar_type() == x.scalar_type(), "weights must have the dtype of x");
-    UnitArguments given{channels_last(x), torch::stable::contiguous(pw1), torch::stable::contiguous(dw),
-                        torch::stable::contiguous(pw2), std::nullopt, std::nullopt, {}};
+    UnitArguments given{channels_last(x),
+                        torch::stable::contiguous(pw1),
+                        torch::stable::contiguous(dw),
+                        torch::stable::contiguous(pw2),
+                        std::nullopt,
+                        std::nullopt,
+                        {}};
     const int64_t made = pw2.size(0), normalised = 2 * mid + made;
     for (const auto& [from, to] : {std::pair{&gamma, &given.gamma}, std::pair{&beta, &given.beta}}) {
         if (!from->has_value()) continue;
@@ -174,32 +180,50 @@ UnitArguments unit_arguments(const Tensor& x, const Tensor& pw1, const Tensor& d
     return given;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuffle_unit_cpu(
-    const Tensor& x, const Tensor& pw1, const Tensor& dw, const Tensor& pw2, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& beta, int64_t mid, double epsilon, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuffle_unit_cpu(const Tensor& x, const Tensor& pw1,
+                                                                            const Tensor& dw, const Tensor& pw2,
+                                                                            const std::optional<Tensor>& gamma,
+                                                                            const std::optional<Tensor>& beta,
+                                                                            int64_t mid, double epsilon, bool save) {
     const UnitArguments given = unit_arguments(x, pw1, dw, pw2, gamma, beta, mid, epsilon);
     const auto& unit = given.unit;
     const int64_t n = unit.samples, h = unit.height, w = unit.width;
     const Tensor out = empty_channels_last(given.x, n, unit.half + unit.made, h, w);
     const Tensor mean = torch::stable::new_empty(given.x, {unit.normalised()}, statistics_type(unit.dtype));
     const Tensor var = torch::stable::new_empty(mean, {unit.normalised()});
-    const bool in_place = !save && spos::cpu::in_place(unit);
-    const int64_t inner = in_place ? 0 : n, last = save ? n : 0;
-    Tensor z1 = empty_channels_last(given.x, inner, mid, h, w), z2 = empty_channels_last(given.x, inner, mid, h, w);
-    const Tensor z3 = empty_channels_last(given.x, last, unit.made, h, w);
-    const int64_t row = unit.half + unit.made;
-    void* branch = static_cast<char*>(out.mutable_data_ptr()) + unit.half * spos::item_size(unit.dtype);
-    spos::cpu::ShuffleUnitOutputs outputs{out.mutable_data_ptr(),  z1.mutable_data_ptr(),   z2.mutable_data_ptr(),
-                                          z3.mutable_data_ptr(),   {mid, mid, unit.made},   mean.mutable_data_ptr(),
-                                          var.mutable_data_ptr()};
-    if (!save) outputs.z3 = branch, outputs.pitch[2] = row;
-    if (in_place) outputs.z1 = outputs.z2 = branch, outputs.pitch[0] = outputs.pitch[1] = row;
-    spos::cpu::shuffle_unit_forward(unit, outputs, parallel_for);
-    if (!save && !in_place) {
-        z1 = empty_channels_last(given.x, 0, mid, h, w);
-        z2 = empty_channels_last(given.x, 0, mid, h, w);
+    if (save) {
+        const Tensor z1 = empty_channels_last(given.x, n, mid, h, w), z2 = empty_channels_last(given.x, n, mid, h, w);
+        const Tensor z3 = empty_channels_last(given.x, n, unit.made, h, w);
+        spos::cpu::shuffle_unit_forward(unit,
+                                        {out.mutable_data_ptr(),
+                                         z1.mutable_data_ptr(),
+                                         z2.mutable_data_ptr(),
+                                         z3.mutable_data_ptr(),
+                                         {mid, mid, unit.made},
+                                         mean.mutable_data_ptr(),
+                                         var.mutable_data_ptr()},
+                                        parallel_for);
+        return {out, z1, z2, z3, mean, var};
     }
-    return {out, z1, z2, z3, mean, var};
+    const int64_t pitch = std::max(mid, unit.made);
+    const Tensor last = torch::stable::new_empty(given.x, {unit.pixels(), pitch});
+    const bool apart = !spos::cpu::depthwise_in_place(unit);
+    const Tensor first = torch::stable::new_empty(given.x, {apart ? unit.pixels() : 0, pitch});
+    spos::cpu::shuffle_unit_forward(unit,
+                                    {out.mutable_data_ptr(),
+                                     apart ? first.mutable_data_ptr() : last.mutable_data_ptr(),
+                                     last.mutable_data_ptr(),
+                                     last.mutable_data_ptr(),
+                                     {pitch, pitch, pitch},
+                                     mean.mutable_data_ptr(),
+                                     var.mutable_data_ptr()},
+                                    parallel_for);
+    return {out,
+            empty_channels_last(given.x, 0, mid, h, w),
+            empty_channels_last(given.x, 0, mid, h, w),
+            empty_channels_last(given.x, 0, unit.made, h, w),
+            mean,
+            var};
 }
 
 #ifdef SPOS_FAST_WITH_CUDA

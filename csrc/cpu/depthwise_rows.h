@@ -11,7 +11,7 @@ namespace spos::cpu {
 
 template <typename A>
 class RowWindow {
-public:
+  public:
     // For `packs` packs of channels of images of height x width and an odd kernel.
     RowWindow(int64_t height, int64_t width, int64_t kernel, int64_t packs)
         : height_(height),
@@ -42,7 +42,7 @@ public:
         return rows_.data();
     }
 
-private:
+  private:
     A* row(int64_t y, int64_t pack) { return values_.data() + (pack * kernel_ + y % kernel_) * length_; }
 
     int64_t height_, kernel_, length_, next_ = 0, first_ = 0, count_ = 0, top_ = 0;
@@ -57,7 +57,8 @@ std::vector<A> pack_depthwise(const T* weights, int64_t mid, int64_t kernel, boo
     std::vector<A> packed((mid + kPack - 1) / kPack * kPack * taps, A(0));
     for (int64_t m = 0; m < mid; ++m)
         for (int64_t t = 0; t < taps; ++t)
-            packed[(m / kPack * taps + (flipped ? taps - 1 - t : t)) * kPack + m % kPack] = widen(weights[m * taps + t]);
+            packed[(m / kPack * taps + (flipped ? taps - 1 - t : t)) * kPack + m % kPack] =
+                widen(weights[m * taps + t]);
     return packed;
 }
 

@@ -10,11 +10,12 @@ namespace {
 constexpr int64_t kMostTasks = 64;  // of one pass: bounds the partial statistics
 constexpr int64_t kRowsAhead = 4;   // how early the depthwise pass asks for its input
 constexpr int64_t kStep = 28;       // pixels between two rounds of prefetching in a matrix product
+constexpr int64_t kKept = 8 << 20;  // bytes that a cache may keep for the next layer
 
 // What each pixel has somewhere in memory.
 struct Nearby {
-    const void* start;
-    int64_t pitch, bytes;
+    const void* start = nullptr;
+    int64_t pitch = 0, bytes = 0;
 
     template <bool kWrite>
     void prefetch(int64_t begin, int64_t end) const {
@@ -26,7 +27,7 @@ template <typename T>
 class Forward {
     using A = typename Compute<T>::type;
 
-public:
+  public:
     Forward(const ShuffleUnit& unit, const ShuffleUnitOutputs& outputs, const ParallelFor& parallel_for)
         : u_(unit),
           o_(outputs),
@@ -36,7 +37,8 @@ public:
           gamma_(static_cast<const A*>(unit.gamma)),
           beta_(static_cast<const A*>(unit.beta)),
           out_(static_cast<T*>(outputs.out)),
-          out_pitch_(unit.half + unit.made) {}
+          out_pitch_(unit.half + unit.made),
+          stream_(unit.pixels() * out_pitch_ * int64_t(sizeof(T)) > kKept) {}
 
     void run() {
         first_pointwise();
@@ -45,20 +47,23 @@ public:
         last_activation();
     }
 
-private:
+  private:
     // z1 = x_odd W1^T; the even channels are copied.
     void first_pointwise() {
         const T* weights = static_cast<const T*>(u_.pw1);
         const auto packed =
             pack<A>(u_.half, u_.mid, [&](int64_t k, int64_t j) { return widen(weights[j * u_.half + k]); });
         const T* x = static_cast<const T*>(u_.x);
-        const int64_t size = sizeof(T), row = out_pitch_ * size;
-        const Nearby needed[] = {{x, 2 * u_.half * size, 2 * u_.half * size}, {out_, row, u_.half * size}};
-        pointwise(packed, std::vector<A>(whole_packs(u_.mid)), needed, static_cast<T*>(o_.z1), o_.pitch[0], 0,
+        const int64_t row = 2 * u_.half;
+        pointwise(packed, std::vector<A>(whole_packs(u_.mid)), Nearby{}, static_cast<T*>(o_.z1), o_.pitch[0], 0,
                   [&](int64_t pixel, int64_t pixels, A* buffer) {
-                      split_channels(x + pixel * 2 * u_.half, 2 * u_.half, pixels, u_.half, out_ + pixel * out_pitch_,
-                                     out_pitch_, buffer);
-                      return static_cast<const A*>(buffer);
+                      // Copying reads in one stream, which no matrix product does: the product finds x in the cache.
+                      copy_even_channels(x + pixel * row, row, pixels, u_.half, out_ + pixel * out_pitch_, out_pitch_,
+                                         stream_);
+                      // Where they lie, every other value is an odd channel: no need to gather them.
+                      if constexpr (std::is_same_v<T, A>) return Rows{x + pixel * row + 1, row, 2};
+                      for (int64_t i = 0; i < pixels * u_.half; ++i) buffer[i] = widen(x[pixel * row + 2 * i + 1]);
+                      return Rows{buffer, u_.half, 1};
                   });
     }
 
@@ -87,8 +92,8 @@ private:
                         const A* weights, int64_t rows_at_once, RowWindow<A>& window, A* results,
                         Statistics& statistics) {
         const int64_t packs = divide_up(task.width, kPack), pitch = packs * kPack;
-        const Rows z1 = image(o_.z1, o_.pitch[0], task), z2 = image(o_.z2, o_.pitch[1], task);
-        const Rows next_z1 = image(o_.z1, o_.pitch[0], next);
+        const Band z1 = image(o_.z1, o_.pitch[0], task), z2 = image(o_.z2, o_.pitch[1], task);
+        const Band next_z1 = image(o_.z1, o_.pitch[0], next);
         const int64_t halo = u_.kernel / 2, limit = std::min(u_.height, task.end + halo);
         const int64_t next_top = std::max<int64_t>(0, next.top - halo);
         window.start(task.top);
@@ -119,13 +124,13 @@ private:
     }
 
     // The rows of a task's image, from its first channel on.
-    struct Rows {
+    struct Band {
         T* start;
         int64_t width, pitch;  // pixels in a row, and values from one pixel to the next
 
         T* row(int64_t y) const { return start + y * width * pitch; }
     };
-    Rows image(void* data, int64_t pitch, const BandTasks::Task& task) const {
+    Band image(void* data, int64_t pitch, const BandTasks::Task& task) const {
         return {static_cast<T*>(data) + task.sample * u_.height * u_.width * pitch + task.channel, u_.width, pitch};
     }
 
@@ -147,15 +152,14 @@ private:
         // A block that will be written over before its last panel is read, or has gaps, is copied.
         const bool copied = o_.z2 == o_.z3 || pitch != u_.mid;
         const int64_t size = sizeof(T);
-        const Nearby needed[] = {{z2, pitch * size, u_.mid * size}};
-        pointwise(packed, start, needed, static_cast<T*>(o_.z3), o_.pitch[2], 2 * u_.mid,
-                  [&](int64_t pixel, int64_t pixels, A* buffer) {
-                      if (!copied) return widened(z2 + pixel * pitch, pixels * u_.mid, buffer);
+        pointwise(packed, start, Nearby{z2, pitch * size, u_.mid * size}, static_cast<T*>(o_.z3), o_.pitch[2],
+                  2 * u_.mid, [&](int64_t pixel, int64_t pixels, A* buffer) {
+                      if (!copied) return Rows{widened(z2 + pixel * pitch, pixels * u_.mid, buffer), u_.mid, 1};
                       for (int64_t p = 0; p < pixels; ++p) {
                           const T* row = z2 + (pixel + p) * pitch;
                           std::copy_n(widened(row, u_.mid, buffer + p * u_.mid), u_.mid, buffer + p * u_.mid);
                       }
-                      return static_cast<const A*>(buffer);
+                      return Rows{buffer, u_.mid, 1};
                   });
     }
 
@@ -167,15 +171,21 @@ private:
             for (int64_t pixel = tasks.begin(begin); pixel < tasks.end(end - 1); pixel += kBlock)
                 scale_and_shift(z3 + pixel * o_.pitch[2], o_.pitch[2], std::min(kBlock, u_.pixels() - pixel), u_.made,
                                 norm.scale.data(), norm.shift.data(), true, out_ + pixel * out_pitch_ + u_.half,
-                                out_pitch_);
+                                out_pitch_, stream_);
         });
     }
 
+    // Input of a matrix product: values from one pixel to the next, and from one channel to the next.
+    struct Rows {
+        const A* start;
+        int64_t pixel_step, channel_step;
+    };
+
     // z = start + input weights for all pixels, with statistics to `normalised` on in mean and var. read(pixel, pixels,
-    // buffer) returns the packed input rows of a block, in the buffer or where they lie; `needed` is what it touches.
-    template <typename Read, size_t kNeeded>
-    void pointwise(const Packed<A>& weights, const std::vector<A>& start, const Nearby (&needed)[kNeeded], T* z,
-                   int64_t pitch, int64_t normalised, Read read) {
+    // buffer) returns a block's input, in the buffer or where it lies; `source` is what it is made of.
+    template <typename Read>
+    void pointwise(const Packed<A>& weights, const std::vector<A>& start, const Nearby& source, T* z, int64_t pitch,
+                   int64_t normalised, Read read) {
         const PixelTasks tasks(u_.pixels(), kMostTasks);
         Statistics statistics(tasks.count, weights.columns);
         parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
@@ -184,7 +194,7 @@ private:
             for (int64_t task = begin; task < end; ++task) {
                 for (int64_t pixel = tasks.begin(task); pixel < tasks.end(task); pixel += kBlock) {
                     const int64_t pixels = std::min(kBlock, tasks.end(task) - pixel);
-                    const A* input = read(pixel, pixels, buffer.get());
+                    const Rows input = read(pixel, pixels, buffer.get());
                     const int64_t rounds = weights.panels() * divide_up(pixels, kStep);
                     int64_t round = 0;
                     for (int64_t panel = 0; panel < weights.panels(); ++panel) {
@@ -199,12 +209,11 @@ private:
                             place.template prefetch<true>(row, row + rows);
                             const int64_t soon = pixel + pixels + kBlock * round / rounds;
                             const int64_t later = pixel + pixels + kBlock * (round + 1) / rounds;
-                            for (const Nearby& rows_of : needed)
-                                rows_of.template prefetch<false>(std::min(soon, u_.pixels()),
-                                                                 std::min(later, u_.pixels()));
-                            multiply(Product<A>{input + row * weights.depth, weights.depth, 1, weights.panel(panel),
-                                                width, rows, packs, weights.depth, start.data() + first, 0,
-                                                results.get() + row * width, width});
+                            source.template prefetch<false>(std::min(soon, u_.pixels()), std::min(later, u_.pixels()));
+                            multiply(Product<A>{input.start + row * input.pixel_step, input.pixel_step,
+                                                input.channel_step, weights.panel(panel), width, rows, packs,
+                                                weights.depth, start.data() + first, 0, results.get() + row * width,
+                                                width});
                         }
                         store_with_moments(results.get(), width, pixels, used, to, pitch, pixel - tasks.begin(task),
                                            statistics.mean(task) + first, statistics.m2(task) + first);
@@ -217,8 +226,12 @@ private:
     }
 
     Affine<A> affine(int64_t normalised, int64_t channels) const {
-        return {channels, mean_ + normalised, var_ + normalised, gamma_ ? gamma_ + normalised : nullptr,
-                beta_ ? beta_ + normalised : nullptr, u_.epsilon};
+        return {channels,
+                mean_ + normalised,
+                var_ + normalised,
+                gamma_ ? gamma_ + normalised : nullptr,
+                beta_ ? beta_ + normalised : nullptr,
+                u_.epsilon};
     }
 
     const ShuffleUnit& u_;
@@ -228,13 +241,14 @@ private:
     const A *gamma_, *beta_;
     T* out_;
     int64_t out_pitch_;
+    bool stream_;  // `out` is written past the caches
 };
 
 }  // namespace
 
-bool in_place(const ShuffleUnit& unit) {
-    // A band of the depthwise convolution reads rows that belong to the next one.
-    return unit.mid <= unit.made && BandTasks(unit.samples, unit.height, unit.width, unit.mid).bands == 1;
+bool depthwise_in_place(const ShuffleUnit& unit) {
+    // A band reads rows that belong to the next one.
+    return BandTasks(unit.samples, unit.height, unit.width, unit.mid).bands == 1;
 }
 
 void shuffle_unit_forward(const ShuffleUnit& unit, const ShuffleUnitOutputs& outputs, const ParallelFor& parallel_for) {

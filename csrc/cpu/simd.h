@@ -6,6 +6,10 @@
 
 #include "csrc/dtype.h"
 
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#endif
+
 // The loader picks the best clone for the machine that runs it: GCC on x86-64 with glibc, whose ifunc clones need.
 // Elsewhere the compiler's own target is used.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -84,6 +88,22 @@ SPOS_SIMD_INLINE void store_pack(double* to, const DoublePack& pack) {
     std::memcpy(to, &pack, sizeof pack);
 }
 
+// Past the caches, to an address that is a multiple of the pack's size: for what fits in no cache, and so would only be
+// read before it is written, and push out what is needed. Only for code under SPOS_SIMD_WIDE.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+SPOS_SIMD_WIDE inline __attribute__((always_inline)) void stream_pack(float* to, const FloatPack& pack) {
+    _mm512_stream_ps(to, reinterpret_cast<__m512>(pack));
+}
+SPOS_SIMD_WIDE inline __attribute__((always_inline)) void end_of_stream() {
+    _mm_sfence();
+}
+#else
+SPOS_SIMD_INLINE void stream_pack(float* to, const FloatPack& pack) {
+    store_pack(to, pack);
+}
+SPOS_SIMD_INLINE void end_of_stream() {}
+#endif
+
 // To the nearest, ties to even; a NaN stays one.
 SPOS_SIMD_INLINE void store_pack(BFloat16* to, const FloatPack& pack) {
     const auto bits = reinterpret_cast<detail::WordPack>(pack);
@@ -136,8 +156,8 @@ SPOS_SIMD_INLINE Pack odd_lanes(const Pack& low, const Pack& high) {
     return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Asks for `rows` rows of `bytes` bytes, `pitch` bytes apart, before they are needed: into the second-level cache, where
-// they do not push out what is being worked on. kWrite: they are about to be written.
+// Asks for `rows` rows of `bytes` bytes, `pitch` bytes apart, before they are needed: into the second-level cache,
+// where they do not push out what is being worked on. kWrite: they are about to be written.
 template <bool kWrite>
 inline void prefetch_rows(const void* from, int64_t pitch, int64_t rows, int64_t bytes) {
     constexpr int64_t kLine = 64;

@@ -1,27 +1,46 @@
 #include "csrc/cpu/unit_kernels.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "csrc/cpu/simd.h"
 
 namespace spos::cpu {
 namespace {
 
-template <typename T, typename A>
-SPOS_SIMD_INLINE void split_rows(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* passed,
-                                 int64_t passed_pitch, A* rest) {
-    for (int64_t p = 0; p < pixels; ++p, x += pitch, passed += passed_pitch, rest += channels) {
-        int64_t c = 0;
-        if constexpr (sizeof(T) == sizeof(A))
-            for (; c + kPack <= channels; c += kPack) {
-                const auto low = load_pack(x + 2 * c), high = load_pack(x + 2 * c + kPack);
-                store_pack(passed + c, even_lanes(low, high));
-                store_pack(rest + c, odd_lanes(low, high));
-            }
-        for (; c < channels; ++c) {
-            passed[c] = x[2 * c];
-            rest[c] = widen(x[2 * c + 1]);
+// Whether rows are whole packs in places that a store past the caches takes.
+template <typename T>
+bool streamable(const T* to, int64_t pitch, int64_t channels) {
+    constexpr uintptr_t kSize = kPack * sizeof(T);
+    return reinterpret_cast<uintptr_t>(to) % kSize == 0 && pitch % kPack == 0 && channels % kPack == 0;
+}
+
+SPOS_SIMD_WIDE void even_stream(const float* x, int64_t pitch, int64_t pixels, int64_t channels, float* to,
+                                int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch)
+        for (int64_t c = 0; c < channels; c += kPack)
+            stream_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+    end_of_stream();
+}
+
+SPOS_SIMD_WIDE void affine_relu_stream(const float* from, int64_t pitch, int64_t pixels, int64_t channels,
+                                       const float* scale, const float* shift, float* to, int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch)
+        for (int64_t c = 0; c < channels; c += kPack) {
+            const FloatPack y = load_pack(scale + c) * load_pack(from + c) + load_pack(shift + c), zero = {};
+            stream_pack(to + c, y < zero ? zero : y);
         }
+    end_of_stream();
+}
+
+template <typename T>
+SPOS_SIMD_INLINE void even_rows(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch) {
+        int64_t c = 0;
+        if constexpr (sizeof(T) >= sizeof(float))
+            for (; c + kPack <= channels; c += kPack)
+                store_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+        for (; c < channels; ++c) to[c] = x[2 * c];
     }
 }
 
@@ -92,7 +111,8 @@ SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, 
             store_pack(to + c, result(load_pack(from + c), load_pack(scale + c), load_pack(shift + c)));
         }
         if (c < channels)
-            store_partial(to + c, result(load_partial(from + c, channels - c), load_pack(scale + c), load_pack(shift + c)),
+            store_partial(to + c,
+                          result(load_partial(from + c, channels - c), load_pack(scale + c), load_pack(shift + c)),
                           channels - c);
     }
 }
@@ -185,23 +205,23 @@ SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count,
     depthwise<false>(rows, count, weights, kernel, width, to, pitch);
 }
 
-#define SPOS_STORAGE(T, A)                                                                                           \
-    SPOS_SIMD_CLONES void split_clone(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* passed,        \
-                                      int64_t passed_pitch, A* rest) {                                               \
-        split_rows(x, pitch, pixels, channels, passed, passed_pitch, rest);                                          \
-    }                                                                                                                \
-    SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,       \
-                                        int64_t to_pitch, int64_t done, double* mean, double* m2) {                  \
-        moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                                   \
+#define SPOS_STORAGE(T, A)                                                                                     \
+    SPOS_SIMD_CLONES void even_clone(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to,       \
+                                     int64_t to_pitch) {                                                       \
+        even_rows(x, pitch, pixels, channels, to, to_pitch);                                                   \
+    }                                                                                                          \
+    SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, \
+                                        int64_t to_pitch, int64_t done, double* mean, double* m2) {            \
+        moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                             \
     }
-#define SPOS_CONVERSION(T, U, A)                                                                                      \
+#define SPOS_CONVERSION(T, U, A)                                                                                       \
     SPOS_SIMD_CLONES void affine_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, \
-                                       const A* shift, U* to, int64_t to_pitch) {                                     \
-        affine_rows<false>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                \
-    }                                                                                                                 \
-    SPOS_SIMD_CLONES void affine_relu_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels,           \
-                                            const A* scale, const A* shift, U* to, int64_t to_pitch) {                \
-        affine_rows<true>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                 \
+                                       const A* shift, U* to, int64_t to_pitch) {                                      \
+        affine_rows<false>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                 \
+    }                                                                                                                  \
+    SPOS_SIMD_CLONES void affine_relu_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels,            \
+                                            const A* scale, const A* shift, U* to, int64_t to_pitch) {                 \
+        affine_rows<true>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                  \
     }
 SPOS_STORAGE(float, float)
 SPOS_STORAGE(double, double)
@@ -218,10 +238,13 @@ SPOS_CONVERSION(BFloat16, BFloat16, float)
 
 }  // namespace
 
-template <typename T, typename A>
-void split_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* passed, int64_t passed_pitch,
-                    A* rest) {
-    split_clone(x, pitch, pixels, channels, passed, passed_pitch, rest);
+template <typename T>
+void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
+                        bool stream) {
+    if constexpr (std::is_same_v<T, float>)
+        if (stream && machine_is_wide() && streamable(to, to_pitch, channels))
+            return even_stream(x, pitch, pixels, channels, to, to_pitch);
+    even_clone(x, pitch, pixels, channels, to, to_pitch);
 }
 
 template <typename T, typename A>
@@ -232,7 +255,10 @@ void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t ch
 
 template <typename T, typename U, typename A>
 void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
-                     bool relu, U* to, int64_t to_pitch) {
+                     bool relu, U* to, int64_t to_pitch, bool stream) {
+    if constexpr (std::is_same_v<T, float>)
+        if (stream && relu && machine_is_wide() && streamable(to, to_pitch, channels))
+            return affine_relu_stream(from, pitch, pixels, channels, scale, shift, to, to_pitch);
     if (relu)
         affine_relu_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch);
     else
@@ -248,19 +274,19 @@ void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* 
     depthwise_narrow(rows, count, weights, kernel, width, to, pitch);
 }
 
-#define SPOS_INSTANTIATE(T, A)                                                                                       \
-    template void split_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, A*);                              \
-    template void store_with_moments(const A*, int64_t, int64_t, int64_t, T*, int64_t, int64_t, double*, double*);   \
-    template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t);
+#define SPOS_INSTANTIATE(T, A)                                                                                     \
+    template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool);                      \
+    template void store_with_moments(const A*, int64_t, int64_t, int64_t, T*, int64_t, int64_t, double*, double*); \
+    template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool);
 SPOS_INSTANTIATE(float, float)
 SPOS_INSTANTIATE(double, double)
 SPOS_INSTANTIATE(Half, float)
 SPOS_INSTANTIATE(BFloat16, float)
 #undef SPOS_INSTANTIATE
-template void scale_and_shift(const Half*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*,
-                              int64_t);
+template void scale_and_shift(const Half*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*, int64_t,
+                              bool);
 template void scale_and_shift(const BFloat16*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*,
-                              int64_t);
+                              int64_t, bool);
 template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t);
 

@@ -1,5 +1,5 @@
-// The inner loops of the fused units, on rows of channels-last images. T is how a value is stored, A what it is computed
-// in: double for double, float for all others.
+// The inner loops of the fused units, on rows of channels-last images. T is how a value is stored, A what it is
+// computed in: double for double, float for all others.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 
 namespace spos::cpu {
 
+// A matrix of pixels and channels is given by its start and its pitch, the values from one pixel to the next.
 template <typename T>
 struct Compute {
     using type = float;
@@ -17,10 +18,10 @@ struct Compute<double> {
     using type = double;
 };
 
-// Every pixel's even channels to `passed` (pitch `passed_pitch`), its odd ones to `rest` (packed). `channels` of each.
-template <typename T, typename A>
-void split_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* passed, int64_t passed_pitch,
-                    A* rest);
+// to[p][c] = x[p][2 c]: the channels that pass. With `stream`, here and below, the output goes past the caches.
+template <typename T>
+void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
+                        bool stream);
 
 // `pixels` rows of `channels` results, `pitch` apart in whole packs, are stored to `to`; their moments are merged into
 // mean and m2, which stand for `done` values so far.
@@ -32,7 +33,7 @@ void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t ch
 // `channels` and the next whole pack of `scale` and `shift` must be readable.
 template <typename T, typename U, typename A>
 void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
-                     bool relu, U* to, int64_t to_pitch);
+                     bool relu, U* to, int64_t to_pitch, bool stream = false);
 
 // The values in what they are computed in: where they lie, or else in the buffer.
 template <typename T, typename A>

@@ -226,6 +226,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuffle_unit_cpu(cons
             var};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuffle_unit_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& z1, const Tensor& z2, const Tensor& z3, const Tensor& mean,
+    const Tensor& var, const Tensor& pw1, const Tensor& dw, const Tensor& pw2, const std::optional<Tensor>& gamma,
+    const std::optional<Tensor>& beta, int64_t mid, double epsilon) {
+    const UnitArguments given = unit_arguments(x, pw1, dw, pw2, gamma, beta, mid, epsilon);
+    const auto& unit = given.unit;
+    const int64_t n = unit.samples, h = unit.height, w = unit.width;
+    auto image = [&](const Tensor& value, int64_t channels) {
+        STD_TORCH_CHECK(value.scalar_type() == x.scalar_type() && value.dim() == 4 && value.size(0) == n &&
+                            value.size(1) == channels && value.size(2) == h && value.size(3) == w,
+                        "shuffle_unit_backward needs what shuffle_unit saves (save=True)");
+        return channels_last(value);
+    };
+    const Tensor out = image(grad, unit.half + unit.made), first = image(z1, mid), second = image(z2, mid),
+                 third = image(z3, unit.made);
+    auto statistics = [&](const Tensor& value) {
+        STD_TORCH_CHECK(value.scalar_type() == statistics_type(unit.dtype) && value.dim() == 1 &&
+                            value.size(0) == unit.normalised(),
+                        "mean and var must be what shuffle_unit returned");
+        return torch::stable::contiguous(value);
+    };
+    const Tensor means = statistics(mean), vars = statistics(var);
+    const Tensor grad_x = empty_channels_last(given.x, n, x.size(1), h, w);
+    const Tensor grad_pw1 = torch::stable::new_empty(x, {unit.mid_stored, unit.half, 1, 1});
+    const Tensor grad_dw = torch::stable::new_empty(x, {unit.mid_stored, 1, unit.kernel, unit.kernel});
+    const Tensor grad_pw2 = torch::stable::new_empty(x, {unit.made, unit.mid_stored, 1, 1});
+    const Tensor grad_gamma = torch::stable::new_empty(means, {unit.normalised()});
+    const Tensor grad_beta = torch::stable::new_empty(means, {unit.normalised()});
+    spos::cpu::shuffle_unit_backward(
+        unit,
+        {out.const_data_ptr(), first.const_data_ptr(), second.const_data_ptr(), third.const_data_ptr(),
+         means.const_data_ptr(), vars.const_data_ptr(), grad_x.mutable_data_ptr(), grad_pw1.mutable_data_ptr(),
+         grad_dw.mutable_data_ptr(), grad_pw2.mutable_data_ptr(), grad_gamma.mutable_data_ptr(),
+         grad_beta.mutable_data_ptr()},
+        parallel_for);
+    return {grad_x, grad_pw1, grad_dw, grad_pw2, grad_gamma, grad_beta};
+}
+
 #ifdef SPOS_FAST_WITH_CUDA
 void* current_stream(const Tensor& x) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
@@ -258,6 +296,7 @@ struct Kernel {
 const Kernel kKernels[] = {
     {"bn_moments", "CPU", TORCH_BOX(&bn_moments_cpu)},
     {"shuffle_unit", "CPU", TORCH_BOX(&shuffle_unit_cpu)},
+    {"shuffle_unit_backward", "CPU", TORCH_BOX(&shuffle_unit_backward_cpu)},
 #ifdef SPOS_FAST_WITH_CUDA
     {"bn_moments", "CUDA", TORCH_BOX(&bn_moments_cuda)},
 #endif

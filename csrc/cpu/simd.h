@@ -156,6 +156,16 @@ SPOS_SIMD_INLINE Pack odd_lanes(const Pack& low, const Pack& high) {
     return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
+// Two packs' lanes in turn: the first halves of both, and the second halves.
+template <typename Pack>
+SPOS_SIMD_INLINE Pack low_lanes_in_turn(const Pack& even, const Pack& odd) {
+    return __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+template <typename Pack>
+SPOS_SIMD_INLINE Pack high_lanes_in_turn(const Pack& even, const Pack& odd) {
+    return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
 // Asks for `rows` rows of `bytes` bytes, `pitch` bytes apart, before they are needed: into the second-level cache,
 // where they do not push out what is being worked on. kWrite: they are about to be written.
 template <bool kWrite>

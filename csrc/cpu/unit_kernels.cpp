@@ -231,6 +231,8 @@ SPOS_CONVERSION(float, float, float)
 SPOS_CONVERSION(double, double, double)
 SPOS_CONVERSION(Half, float, float)
 SPOS_CONVERSION(BFloat16, float, float)
+SPOS_CONVERSION(float, Half, float)
+SPOS_CONVERSION(float, BFloat16, float)
 SPOS_CONVERSION(Half, Half, float)
 SPOS_CONVERSION(BFloat16, BFloat16, float)
 #undef SPOS_STORAGE
@@ -256,7 +258,7 @@ void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t ch
 template <typename T, typename U, typename A>
 void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
                      bool relu, U* to, int64_t to_pitch, bool stream) {
-    if constexpr (std::is_same_v<T, float>)
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<U, float>)
         if (stream && relu && machine_is_wide() && streamable(to, to_pitch, channels))
             return affine_relu_stream(from, pitch, pixels, channels, scale, shift, to, to_pitch);
     if (relu)
@@ -286,6 +288,10 @@ SPOS_INSTANTIATE(BFloat16, float)
 template void scale_and_shift(const Half*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*, int64_t,
                               bool);
 template void scale_and_shift(const BFloat16*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*,
+                              int64_t, bool);
+template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, Half*, int64_t,
+                              bool);
+template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, BFloat16*,
                               int64_t, bool);
 template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t);

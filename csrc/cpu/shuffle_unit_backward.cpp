@@ -1,7 +1,6 @@
 // R3 sums over the last BN; B3 through the second 1x1 convolution; B2 through the depthwise one; B1 through the first.
 // Each of them ends with the sums that the next BN needs. For BN 2, with a 1x1 convolution and no ReLU behind it, they
-// come for free: the sum of its gradient is that of the next layer's dz, which is zero; the product with the normalised
-// input is a row of W2 times the weight gradient.
+// come nearly for free: they are columns of W2 times the sums of dz3 and the gradient of W2.
 #include "csrc/cpu/depthwise_rows.h"
 #include "csrc/cpu/matrix.h"
 #include "csrc/cpu/shuffle_unit.h"
@@ -12,21 +11,21 @@ namespace spos::cpu {
 namespace {
 
 constexpr int64_t kMostTasks = 64;
+constexpr int64_t kRowsSummed = 8;
 
 // The coefficients of one BN layer backwards, zeros behind the last channel up to a whole pack.
 template <typename A>
 struct Norm {
     Affine<A> affine;
-    std::vector<A> mean, of_grad, of_z, constant;
+    std::vector<A> mean, offset, slope;
     std::vector<double> rstd;
     bool relu;
 
     Norm(int64_t channels, const A* mean_in, const A* var, const A* gamma, const A* beta, double epsilon, bool relu)
         : affine(channels, mean_in, var, gamma, beta, epsilon),
           mean(whole_packs(channels)),
-          of_grad(affine.scale),
-          of_z(whole_packs(channels)),
-          constant(whole_packs(channels)),
+          offset(whole_packs(channels)),
+          slope(whole_packs(channels)),
           rstd(channels),
           relu(relu) {
         std::copy_n(mean_in, channels, mean.begin());
@@ -35,18 +34,13 @@ struct Norm {
     // sum: of the gradient; normal: of the gradient times the normalised input.
     void finish(const double* sum, const double* normal, int64_t count) {
         for (size_t c = 0; c < rstd.size(); ++c) {
-            of_z[c] = static_cast<A>(-double(affine.scale[c]) * rstd[c] * normal[c] / count);
-            constant[c] = static_cast<A>(-double(affine.scale[c]) * sum[c] / count);
+            offset[c] = static_cast<A>(sum[c] / count);
+            slope[c] = static_cast<A>(rstd[c] * normal[c] / count);
         }
     }
     NormGradient<A> from(int64_t channel) const {
-        return {affine.scale.data() + channel,
-                affine.shift.data() + channel,
-                mean.data() + channel,
-                of_grad.data() + channel,
-                of_z.data() + channel,
-                constant.data() + channel,
-                relu};
+        return {affine.scale.data() + channel, affine.shift.data() + channel, mean.data() + channel,
+                offset.data() + channel,       slope.data() + channel,        relu};
     }
 };
 
@@ -121,32 +115,37 @@ class Backward {
         const T* weights = static_cast<const T*>(u_.pw2);
         const auto packed =
             pack<A>(u_.made, u_.mid, [&](int64_t k, int64_t j) { return widen(weights[k * u_.mid_stored + j]); });
-        std::vector<A> rstd(mid_pitch_), shift(mid_pitch_);
-        for (int64_t m = 0; m < u_.mid; ++m) {
-            rstd[m] = static_cast<A>(norm2.rstd[m]);
-            shift[m] = static_cast<A>(-norm2.mean[m] * norm2.rstd[m]);
-        }
+        std::vector<A> rstd(mid_pitch_), zeros(mid_pitch_);
+        for (int64_t m = 0; m < u_.mid; ++m) rstd[m] = static_cast<A>(norm2.rstd[m]);
+        const A* mean = norm2.mean.data();
+        // rstd * (z - mean), which a large mean does not spoil as it would rstd * z - rstd * mean.
+        const NormGradient<A> normalise{rstd.data(), zeros.data(), mean, mean, zeros.data(), false};
+        std::vector<double> dz_sum(u_.made);
         const auto product = pointwise(
-            packed, mid_pitch_,
+            packed, mid_pitch_, &dz_sum,
             [&](int64_t pixel, int64_t pixels, A* dz, int64_t pitch, A* normal) {
                 norm_gradient(grad_ + pixel * grad_pitch_ + u_.half, grad_pitch_, z3_ + pixel * u_.made, u_.made,
                               pixels, u_.made, norm3.from(0), dz, pitch);
-                scale_and_shift(z2_ + pixel * u_.mid, u_.mid, pixels, u_.mid, rstd.data(), shift.data(), false, normal,
-                                mid_pitch_);
+                const T* z2 = z2_ + pixel * u_.mid;
+                norm_gradient(z2, u_.mid, z2, u_.mid, pixels, u_.mid, normalise, normal, mid_pitch_);
                 return inner_.get() + pixel * mid_pitch_;
             },
             [](int64_t, int64_t, const A*) {});
 
         // product[o][m] is the sum of dz3[o] times the normalised z2[m].
         const A* gamma = u_.gamma ? static_cast<const A*>(u_.gamma) + u_.mid : nullptr;
+        const A* beta = u_.beta ? static_cast<const A*>(u_.beta) + u_.mid : nullptr;
         T* to = static_cast<T*>(g_.pw2);
         std::vector<double> sum(u_.mid), normal(u_.mid);
         std::vector<A> row(mid_pitch_);
         for (int64_t o = 0; o < u_.made; ++o) {
             for (int64_t m = 0; m < u_.mid; ++m) {
                 row[m] = product[o * mid_pitch_ + m];
-                normal[m] += double(widen(weights[o * u_.mid_stored + m])) * row[m];
+                const double weight = widen(weights[o * u_.mid_stored + m]);
+                normal[m] += weight * row[m];
+                sum[m] += weight * dz_sum[o];
                 if (gamma) row[m] *= gamma[m];
+                if (beta) row[m] += static_cast<A>(beta[m] * dz_sum[o]);
             }
             store_weights(row.data(), u_.mid, to + o * u_.mid_stored, u_.mid_stored);
         }
@@ -164,11 +163,13 @@ class Backward {
         parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
             RowWindow<A> window(u_.height, u_.width, u_.kernel, BandTasks::kChunk / kPack);
             std::vector<A> y((u_.width + kSlack) * kPack), result(u_.width * kPack);
+            std::vector<A> recent(BandTasks::kChunk * taps);
             for (int64_t index = begin; index < end; ++index) {
                 const auto task = tasks[index];
                 const int64_t at = task.place * u_.mid + task.channel;
                 depthwise_band(task, norm2, norm1, weights.data() + task.channel * taps, window, y.data(),
-                               result.data(), gradients.data() + task.place * mid_pitch_ * taps + task.channel * taps,
+                               result.data(), recent,
+                               gradients.data() + task.place * mid_pitch_ * taps + task.channel * taps,
                                sums.data() + at, products.data() + at);
             }
         });
@@ -186,7 +187,8 @@ class Backward {
     }
 
     void depthwise_band(const BandTasks::Task& task, const Norm<A>& norm2, const Norm<A>& norm1, const A* weights,
-                        RowWindow<A>& window, A* y, A* result, A* gradients, double* sums, double* products) {
+                        RowWindow<A>& window, A* y, A* result, std::vector<A>& recent, A* gradients, double* sums,
+                        double* products) {
         const int64_t packs = divide_up(task.width, kPack), taps = u_.kernel * u_.kernel;
         const int64_t image = task.sample * u_.height * u_.width;
         window.start(task.top);
@@ -203,11 +205,15 @@ class Backward {
                 scale_and_shift(z1, u_.mid, u_.width, channels, norm1.affine.scale.data() + c,
                                 norm1.affine.shift.data() + c, true, y, kPack);
                 depthwise_gradient_row(window.rows(pack), window.first(), window.count(), weights + pack * taps * kPack,
-                                       u_.kernel, u_.width, y, result, gradients + pack * taps * kPack);
+                                       u_.kernel, u_.width, y, result, recent.data() + pack * taps * kPack);
                 masked_gradient(result, y, z1, u_.mid, u_.width, channels, norm1.mean.data() + c,
                                 outer_.get() + pixel * mid_pitch_ + c, mid_pitch_, sums + pack * kPack,
                                 products + pack * kPack);
             }
+            // In two levels: a long sum in one variable would lose digits.
+            if ((row + 1 - task.top) % kRowsSummed != 0 && row + 1 != task.end) continue;
+            for (int64_t i = 0; i < packs * taps * kPack; ++i) gradients[i] += recent[i];
+            std::fill(recent.begin(), recent.end(), A(0));
         }
     }
 
@@ -219,7 +225,7 @@ class Backward {
         const auto packed =
             pack<A>(u_.mid, u_.half, [&](int64_t k, int64_t j) { return widen(weights[k * u_.half + j]); });
         const auto product = pointwise(
-            packed, pitch,
+            packed, pitch, nullptr,
             [&](int64_t pixel, int64_t pixels, A* dz, int64_t dz_pitch, A* odd) {
                 norm_gradient(outer_.get() + pixel * mid_pitch_, mid_pitch_, z1_ + pixel * u_.mid, u_.mid, pixels,
                               u_.mid, norm1.from(0), dz, dz_pitch);
@@ -248,14 +254,17 @@ class Backward {
     // A 1x1 convolution backwards: gradient = dz weights (pixels by weights.columns, whole packs of `pitch`) and
     // product = dz^T input (weights.depth by `pitch`). prepare(pixel, pixels, dz, dz_pitch, input) makes a block's dz
     // and input, and returns where the gradient goes, null for a buffer; after(pixel, pixels, gradient) follows each
-    // block.
+    // block. dz_sum, if given: the sums of dz over all pixels.
     template <typename Prepare, typename After>
-    std::vector<A> pointwise(const Packed<A>& weights, int64_t pitch, Prepare prepare, After after) {
+    std::vector<A> pointwise(const Packed<A>& weights, int64_t pitch, std::vector<double>* dz_sum, Prepare prepare,
+                             After after) {
         const int64_t depth = weights.depth, dz_pitch = whole_packs(depth), size = depth * pitch;
         // Partial products bound the number of tasks where they are large.
         const PixelTasks tasks(u_.pixels(), std::clamp<int64_t>((1 << 21) / size, 16, kMostTasks));
         std::vector<A> products(tasks.count * size);
-        const std::vector<A> zeros(kPack * panel_packs());
+        const std::vector<A> zeros(std::max(dz_pitch, kPack * panel_packs()));
+        const NormGradient<A> plain{zeros.data(), zeros.data(), zeros.data(), zeros.data(), zeros.data(), false};
+        std::vector<double> sums(dz_sum ? tasks.count * depth : 0), squares(sums.size());
         parallel_for_(tasks.count, [&](int64_t begin, int64_t end) {
             std::vector<A> dz(kBlock * dz_pitch), input(kBlock * pitch), buffer(kBlock * pitch);
             for (int64_t task = begin; task < end; ++task)
@@ -263,6 +272,9 @@ class Backward {
                     const int64_t pixels = std::min(kBlock, tasks.end(task) - pixel);
                     A* place = prepare(pixel, pixels, dz.data(), dz_pitch, input.data());
                     A* gradient = place ? place : buffer.data();
+                    if (dz_sum)
+                        gradient_sums(dz.data(), dz_pitch, dz.data(), dz_pitch, pixels, depth, plain,
+                                      sums.data() + task * depth, squares.data() + task * depth);
                     A* product = products.data() + task * size;
                     for (int64_t panel = 0; panel < weights.panels(); ++panel) {
                         const int64_t packs = weights.packs_of(panel), first = panel * panel_packs() * kPack;
@@ -274,6 +286,7 @@ class Backward {
                     after(pixel, pixels, gradient);
                 }
         });
+        for (size_t i = 0; i < sums.size(); ++i) (*dz_sum)[i % depth] += sums[i];
         parallel_for_(depth, [&](int64_t begin, int64_t end) {
             for (int64_t task = 1; task < tasks.count; ++task)
                 for (int64_t i = begin * pitch; i < end * pitch; ++i) products[i] += products[task * size + i];

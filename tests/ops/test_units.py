@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from spos_fast import ops
 from spos_fast.errors import InputError
+from spos_fast.ops.dispatch import OPS
 from tests.ops.samples import SAMPLES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -87,6 +88,17 @@ def test_gradients() -> None:
             return ops.shuffle_unit(*values, mid=mid).out
 
         assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("name", ["shuffle_unit", "shuffle_unit_backward"])
+def test_double(name: str) -> None:
+    """In double the kernel is the reference up to rounding, on every shape; that one is no more exact than the other."""
+    op = OPS[name]
+    for arguments in SAMPLES[name]():
+        wide = tuple(v.double() if isinstance(v, Tensor) else v for v in arguments)
+        for got, wanted in zip(op.overload(*wide), op.reference(*wide), strict=True):
+            assert got.dtype == torch.float64
+            assert got.numel() == 0 or (got - wanted).norm() <= 2e-14 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", ["shuffle_unit", "shuffle_unit_backward"])

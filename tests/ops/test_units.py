@@ -152,7 +152,9 @@ def test_same_bits_for_any_number_of_threads(size: tuple[int, ...]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(results[0][:3], results[0][3:6], strict=True))  # nothing kept: the same
+    assert all(
+        torch.equal(a, b) for a, b in zip(results[0][:3], results[0][3:6], strict=True)
+    )  # nothing kept: the same
 
 
 def test_layouts() -> None:

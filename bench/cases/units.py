@@ -113,7 +113,12 @@ def _case(
         flops=passes * 2 * batch * unit_macs(choice, channels_in, channels, side, stride),
         inputs=inputs,
         contenders=contenders,
-        tests=("tests/bench/test_registry.py", "tests/test_supernet.py"),
+        tests=(
+            "tests/bench/test_registry.py",
+            "tests/test_supernet.py",
+            "tests/ops/test_units.py",
+            "tests/test_fused_units.py",
+        ),
         tolerance=TOLERANCES[dtype, mode],
         items=batch,
         unit="images",

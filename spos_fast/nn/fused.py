@@ -6,6 +6,8 @@ The modules stay what they are: parameters, buffers and state-dict names do not 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -37,17 +39,17 @@ def applies(x: Tensor, branch: nn.Sequential) -> bool:
         return False
     if _has_any_global_hook() or any(map(_hooked, (branch, *layers))):
         return False
-    norms = [layers[at] for at in _NORMS]
+    norms = _norms(branch)
     alike = len({norm.eps for norm in norms}) == 1 and len({norm.affine for norm in norms}) == 1
     return alike and all(map(_on_batch_statistics, norms)) and all(p.dtype == x.dtype for p in branch.parameters())
 
 
 def shuffle_unit(x: Tensor, branch: nn.Sequential) -> Tensor:
     """The unit of stride 1 whose branch is given, by ``ops.shuffle_unit``; running statistics move."""
-    pw1, dw, pw2 = (branch[at].weight for at in _CONVOLUTIONS)
-    norms = [branch[at] for at in _NORMS]
-    gamma = torch.cat([norm.weight for norm in norms]) if norms[0].affine else None  # type: ignore[misc]
-    beta = torch.cat([norm.bias for norm in norms]) if norms[0].affine else None  # type: ignore[misc]
+    pw1, dw, pw2 = (cast(_CONV, branch[at]).weight for at in _CONVOLUTIONS)
+    norms = _norms(branch)
+    gamma = torch.cat([norm.weight for norm in norms]) if norms[0].affine else None
+    beta = torch.cat([norm.bias for norm in norms]) if norms[0].affine else None
     out, mean, var = ops.shuffle_unit(x, pw1, dw, pw2, gamma, beta, eps=norms[0].eps)
     sizes = [norm.num_features for norm in norms]
     count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -75,6 +77,10 @@ def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     for running, value in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
         if running is not None:
             running.mul_(1 - share).add_(value, alpha=share)
+
+
+def _norms(branch: nn.Sequential) -> list[nn.BatchNorm2d]:
+    return [cast(_NORM, branch[at]) for at in _NORMS]
 
 
 def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:

@@ -141,8 +141,8 @@ def shuffle_unit_backward_reference(
     sizes = _sizes(pw2, mid)
     half, padding = x.shape[1] // 2, dw.shape[2] // 2
     layers = [
-        _Layer(z, *statistics, eps)
-        for z, *statistics in zip(
+        _Layer(z, layer_mean, layer_var, layer_gamma, layer_beta, eps)
+        for z, layer_mean, layer_var, layer_gamma, layer_beta in zip(
             (z1, z2, z3), mean.split(sizes), var.split(sizes), _split(gamma, sizes), _split(beta, sizes), strict=True
         )
     ]

@@ -92,7 +92,7 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["shuffle_unit", "shuffle_unit_backward"])
 def test_double(name: str) -> None:
-    """In double the kernel is the reference up to rounding, on every shape; that one is no more exact than the other."""
+    """In double the kernel is the reference up to rounding, on every shape: both are off by that much."""
     op = OPS[name]
     for arguments in SAMPLES[name]():
         wide = tuple(v.double() if isinstance(v, Tensor) else v for v in arguments)
@@ -115,7 +115,7 @@ def test_opcheck(name: str) -> None:
 
 
 def test_slice_is_the_extracted_unit() -> None:
-    """``mid`` channels of stored ones, NaN behind them: the bits of the unit that has only those; no gradient outside."""
+    """``mid`` of the stored channels, NaN in the others: the bits of a unit of only those; no gradient outside."""
     torch.manual_seed(0)
     for mid, stored in itertools.product((1, 7, 16, 33), (33, 40)):
         x = image(2, 12, 6, 5).requires_grad_()
@@ -200,7 +200,7 @@ def test_autocast() -> None:
 
 
 def test_bad_values_show() -> None:
-    """A NaN in a branch's channel reaches the branch's output (ReLU does not swallow it), in a passing one only itself."""
+    """A NaN in a channel of the branch shows in its output (ReLU does not swallow it); a passing one only passes."""
     unit = weights(4, 4, 4, 3)
     for channel, spoiled in ((1, True), (2, False)):
         x = image(2, 8, 5, 6)

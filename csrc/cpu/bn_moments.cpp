@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/cpu/moments.h"
 #include "csrc/cpu/simd.h"
 
 namespace spos::cpu {
@@ -18,10 +19,6 @@ constexpr int64_t kSegment = 2048;  // elements in an NCHW tile
 constexpr int64_t kTaskElements = 65536;
 constexpr int64_t kMaxChunks = 64;       // partial results a channel: bounds the workspace
 constexpr int64_t kChannelsPerTask = 8;  // NCHW
-
-int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 
 struct Moments {
     double count = 0, mean = 0, m2 = 0;

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spos_fast.errors import InputError
+from spos_fast.nn import fused
 
 
 def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -114,6 +115,16 @@ class ShuffleUnit(_Unit):
             nn.ReLU(inplace=True),
         )
         self.branch_proj = self._projection(kernel_size, stride, affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
+
+        With batch statistics, stride 1 and channels-last input the branch is one fused op where that is the faster
+        (``spos_fast.nn.fused``); ``SPOS_FAST_BACKEND=reference`` switches it off.
+        """
+        if self.splits and fused.applies(x, self.branch_main):
+            return fused.shuffle_unit(x, self.branch_main)
+        return super().forward(x)
 
 
 class XceptionUnit(_Unit):

@@ -2,5 +2,14 @@
 
 from spos_fast.ops.batchnorm import bn_moments, bn_moments_reference
 from spos_fast.ops.dispatch import explain
+from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_backward_reference, shuffle_unit_reference
 
-__all__ = ["bn_moments", "bn_moments_reference", "explain"]
+__all__ = [
+    "UnitOutput",
+    "bn_moments",
+    "bn_moments_reference",
+    "explain",
+    "shuffle_unit",
+    "shuffle_unit_backward_reference",
+    "shuffle_unit_reference",
+]

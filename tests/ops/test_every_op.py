@@ -59,10 +59,16 @@ def widened(arguments: Arguments) -> Arguments:
     )
 
 
+def packed(x: Tensor) -> Tensor:
+    """The bytes of a tensor of any layout."""
+    return x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def identical(a: Any, b: Any) -> bool:
     """Bit for bit, NaN included."""
     return all(
-        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(tensors(a), tensors(b), strict=True)
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(packed(x), packed(y))
+        for x, y in zip(tensors(a), tensors(b), strict=True)
     )
 
 

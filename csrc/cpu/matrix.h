@@ -1,0 +1,67 @@
+// Small matrix products, the 1x1 convolutions: C = start + A B, one tile of C in registers at a time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/cpu/simd.h"
+
+namespace spos::cpu {
+
+// Packs (of kPack columns) in a panel of B: as many as a tile has. A machine's registers decide.
+int64_t panel_packs();
+
+// B in panels of panel_packs() packs, zeros behind the last column: what multiply() reads.
+template <typename A>
+struct Packed {
+    std::vector<A> values;
+    int64_t depth = 0, columns = 0;
+
+    int64_t packs() const { return (columns + kPack - 1) / kPack; }
+    int64_t panels() const { return (packs() + panel_packs() - 1) / panel_packs(); }
+    // Packs in one panel; the last may be narrower, and so is its pitch.
+    int64_t packs_of(int64_t panel) const {
+        const int64_t left = packs() - panel * panel_packs();
+        return left < panel_packs() ? left : panel_packs();
+    }
+    const A* panel(int64_t index) const { return values.data() + index * panel_packs() * kPack * depth; }
+};
+
+// element(k, j): row k < depth and column j < columns of B.
+template <typename A, typename Element>
+Packed<A> pack(int64_t depth, int64_t columns, Element element) {
+    Packed<A> packed;
+    packed.depth = depth;
+    packed.columns = columns;
+    packed.values.assign(packed.packs() * kPack * depth, A(0));
+    A* to = packed.values.data();
+    for (int64_t panel = 0; panel < packed.panels(); ++panel) {
+        const int64_t width = packed.packs_of(panel) * kPack, first = panel * panel_packs() * kPack;
+        const int64_t used = width < columns - first ? width : columns - first;
+        for (int64_t k = 0; k < depth; ++k, to += width)
+            for (int64_t j = 0; j < used; ++j) to[j] = element(k, first + j);
+    }
+    return packed;
+}
+
+// C[i][j] = start[i][j] + sum over k < depth of A[i][k] B[k][j], for i < rows and j < packs * kPack.
+//   A[i][k] = a[i * row_step + k * depth_step]; B[k][j] = b[k * b_pitch + j]; C[i][j] = c[i * c_pitch + j];
+//   start likewise with its pitch: 0 repeats one row, and C itself may be given.
+// packs <= panel_packs(). The order of the sum is that of k, whatever the machine.
+template <typename A>
+struct Product {
+    const A* a;
+    int64_t row_step, depth_step;
+    const A* b;
+    int64_t b_pitch;
+    int64_t rows, packs, depth;
+    const A* start;
+    int64_t start_pitch;
+    A* c;
+    int64_t c_pitch;
+};
+
+void multiply(const Product<float>& product);
+void multiply(const Product<double>& product);
+
+}  // namespace spos::cpu

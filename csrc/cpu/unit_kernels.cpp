@@ -1,0 +1,299 @@
+#include "csrc/cpu/unit_kernels.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "csrc/cpu/simd.h"
+
+namespace spos::cpu {
+namespace {
+
+// Whether rows are whole packs in places that a store past the caches takes.
+template <typename T>
+bool streamable(const T* to, int64_t pitch, int64_t channels) {
+    constexpr uintptr_t kSize = kPack * sizeof(T);
+    return reinterpret_cast<uintptr_t>(to) % kSize == 0 && pitch % kPack == 0 && channels % kPack == 0;
+}
+
+SPOS_SIMD_WIDE void even_stream(const float* x, int64_t pitch, int64_t pixels, int64_t channels, float* to,
+                                int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch)
+        for (int64_t c = 0; c < channels; c += kPack)
+            stream_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+    end_of_stream();
+}
+
+SPOS_SIMD_WIDE void affine_relu_stream(const float* from, int64_t pitch, int64_t pixels, int64_t channels,
+                                       const float* scale, const float* shift, float* to, int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch)
+        for (int64_t c = 0; c < channels; c += kPack) {
+            const FloatPack y = load_pack(scale + c) * load_pack(from + c) + load_pack(shift + c), zero = {};
+            stream_pack(to + c, y < zero ? zero : y);
+        }
+    end_of_stream();
+}
+
+template <typename T>
+SPOS_SIMD_INLINE void even_rows(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch) {
+        int64_t c = 0;
+        if constexpr (sizeof(T) >= sizeof(float))
+            for (; c + kPack <= channels; c += kPack)
+                store_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+        for (; c < channels; ++c) to[c] = x[2 * c];
+    }
+}
+
+template <typename T, typename A>
+SPOS_SIMD_INLINE void moments_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,
+                                   int64_t to_pitch, int64_t done, double* mean, double* m2) {
+    using Pack = decltype(load_pack(from));
+    constexpr int kChains = 4;  // independent sums keep the adders busy
+    const double n = static_cast<double>(pixels), inverse = 1.0 / n;
+    const double weight = n / (static_cast<double>(done) + n), cross = static_cast<double>(done) * weight;
+    for (int64_t c = 0; c < channels; c += kPack) {
+        const A* column = from + c;
+        Pack sum[kChains] = {};
+        int64_t p = 0;
+        for (; p + kChains <= pixels; p += kChains)
+            for (int i = 0; i < kChains; ++i) sum[i] += load_pack(column + (p + i) * pitch);
+        for (; p < pixels; ++p) sum[0] += load_pack(column + p * pitch);
+        const Pack centre = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<A>(n);
+
+        Pack residual[kChains] = {}, square[kChains] = {};
+        const int64_t width = std::min(kPack, channels - c);
+        auto take = [&](int64_t at, int i) __attribute__((always_inline)) {
+            const Pack value = load_pack(column + at * pitch), d = value - centre;
+            residual[i] += d;
+            square[i] += d * d;
+            if (width == kPack)
+                store_pack(to + at * to_pitch + c, value);
+            else
+                store_partial(to + at * to_pitch + c, value, width);
+        };
+        for (p = 0; p + kChains <= pixels; p += kChains)
+            for (int i = 0; i < kChains; ++i) take(p + i, i);
+        for (; p < pixels; ++p) take(p, 0);
+        const Pack r = (residual[0] + residual[1]) + (residual[2] + residual[3]);
+        const Pack q = (square[0] + square[1]) + (square[2] + square[3]);
+        A centres[kPack], residuals[kPack], squares[kPack];
+        store_pack(centres, centre), store_pack(residuals, r), store_pack(squares, q);
+        for (int64_t j = 0; j < width; ++j) {
+            // The moments about a rounded mean, made exact; below zero by rounding only, and a NaN stays a NaN.
+            const double own = squares[j] - double(residuals[j]) * residuals[j] * inverse;
+            const double delta = centres[j] + residuals[j] * inverse - mean[c + j];
+            mean[c + j] += delta * weight;
+            m2[c + j] += (own < 0 ? 0 : own) + delta * delta * cross;
+        }
+    }
+}
+
+template <bool kRelu, typename T, typename U, typename A>
+SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale,
+                                  const A* shift, U* to, int64_t to_pitch) {
+    using Pack = decltype(load_pack(scale));
+    auto result = [](const Pack& value, const Pack& a, const Pack& b) __attribute__((always_inline)) {
+        const Pack y = a * value + b, zero = {};
+        return kRelu ? (y < zero ? zero : y) : y;  // a NaN stays one
+    };
+    if (channels == kPack) {
+        const Pack a = load_pack(scale), b = load_pack(shift);
+        for (int64_t p = 0; p < pixels; ++p) store_pack(to + p * to_pitch, result(load_pack(from + p * pitch), a, b));
+        return;
+    }
+    constexpr int64_t kAhead = 8;
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
+        const int64_t ahead = std::min(kAhead, pixels - 1 - p);
+        int64_t c = 0;
+        for (; c + kPack <= channels; c += kPack) {
+            __builtin_prefetch(from + ahead * pitch + c);
+            __builtin_prefetch(to + ahead * to_pitch + c, 1);
+            store_pack(to + c, result(load_pack(from + c), load_pack(scale + c), load_pack(shift + c)));
+        }
+        if (c < channels)
+            store_partial(to + c,
+                          result(load_partial(from + c, channels - c), load_pack(scale + c), load_pack(shift + c)),
+                          channels - c);
+    }
+}
+
+// kWidth neighbouring pixels; those from `used` on are computed and dropped.
+template <int kKernel, int kWidth, typename A>
+SPOS_SIMD_INLINE void depthwise_tile(const A* const* rows, int64_t offset, int64_t count, const A* weights,
+                                     int64_t used, A* to, int64_t pitch) {
+    using Pack = decltype(load_pack(weights));
+    Pack sum[kWidth] = {};
+    for (int64_t ky = 0; ky < count; ++ky) {
+        const A* row = rows[ky] + offset * kPack;
+        const A* taps = weights + ky * kKernel * kPack;
+        Pack tap[kKernel];
+#pragma GCC unroll 8
+        for (int kx = 0; kx < kKernel; ++kx) tap[kx] = load_pack(taps + kx * kPack);
+#pragma GCC unroll 32
+        for (int i = 0; i < kWidth + kKernel - 1; ++i) {
+            const Pack value = load_pack(row + i * kPack);
+#pragma GCC unroll 8
+            for (int kx = 0; kx < kKernel; ++kx)
+                if (i >= kx && i - kx < kWidth) sum[i - kx] += tap[kx] * value;
+        }
+    }
+    if (used >= kWidth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) store_pack(to + i * pitch, sum[i]);
+    } else {
+        A all[kWidth][kPack];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) store_pack(all[i], sum[i]);
+        for (int64_t i = 0; i < used; ++i) std::memcpy(to + i * pitch, all[i], sizeof all[i]);
+    }
+}
+
+template <int kKernel, bool kWide, typename A>
+SPOS_SIMD_INLINE void depthwise_tiles(const A* const* rows, int64_t count, const A* weights, int64_t width, A* to,
+                                      int64_t pitch) {
+    int64_t x = 0;
+    if constexpr (kWide) {
+        for (; x + 14 <= width; x += 14)
+            depthwise_tile<kKernel, 14>(rows, x, count, weights, 14, to + x * pitch, pitch);
+        if (x + 7 <= width) {
+            depthwise_tile<kKernel, 7>(rows, x, count, weights, 7, to + x * pitch, pitch);
+            x += 7;
+        }
+    }
+    for (; x < width; x += 4) depthwise_tile<kKernel, 4>(rows, x, count, weights, width - x, to + x * pitch, pitch);
+}
+
+// Any kernel size.
+template <typename A>
+SPOS_SIMD_INLINE void depthwise_any(const A* const* rows, int64_t count, const A* weights, int64_t kernel,
+                                    int64_t width, A* to, int64_t pitch) {
+    for (int64_t x = 0; x < width; ++x) {
+        auto sum = load_pack(weights) * A(0);
+        for (int64_t ky = 0; ky < count; ++ky)
+            for (int64_t kx = 0; kx < kernel; ++kx)
+                sum += load_pack(weights + (ky * kernel + kx) * kPack) * load_pack(rows[ky] + (x + kx) * kPack);
+        store_pack(to + x * pitch, sum);
+    }
+}
+
+template <bool kWide, typename A>
+SPOS_SIMD_INLINE void depthwise(const A* const* rows, int64_t count, const A* weights, int64_t kernel, int64_t width,
+                                A* to, int64_t pitch) {
+    switch (kernel) {
+        case 3:
+            return depthwise_tiles<3, kWide>(rows, count, weights, width, to, pitch);
+        case 5:
+            return depthwise_tiles<5, kWide>(rows, count, weights, width, to, pitch);
+        case 7:
+            return depthwise_tiles<7, kWide>(rows, count, weights, width, to, pitch);
+        default:
+            return depthwise_any(rows, count, weights, kernel, width, to, pitch);
+    }
+}
+
+// Clones cannot be templates: one named function for each pair of types.
+SPOS_SIMD_WIDE void depthwise_wide(const float* const* rows, int64_t count, const float* weights, int64_t kernel,
+                                   int64_t width, float* to, int64_t pitch) {
+    depthwise<true>(rows, count, weights, kernel, width, to, pitch);
+}
+SPOS_SIMD_CLONES void depthwise_narrow(const float* const* rows, int64_t count, const float* weights, int64_t kernel,
+                                       int64_t width, float* to, int64_t pitch) {
+    depthwise<false>(rows, count, weights, kernel, width, to, pitch);
+}
+SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count, const double* weights, int64_t kernel,
+                                       int64_t width, double* to, int64_t pitch) {
+    depthwise<false>(rows, count, weights, kernel, width, to, pitch);
+}
+
+#define SPOS_STORAGE(T, A)                                                                                     \
+    SPOS_SIMD_CLONES void even_clone(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to,       \
+                                     int64_t to_pitch) {                                                       \
+        even_rows(x, pitch, pixels, channels, to, to_pitch);                                                   \
+    }                                                                                                          \
+    SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, \
+                                        int64_t to_pitch, int64_t done, double* mean, double* m2) {            \
+        moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                             \
+    }
+#define SPOS_CONVERSION(T, U, A)                                                                                       \
+    SPOS_SIMD_CLONES void affine_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, \
+                                       const A* shift, U* to, int64_t to_pitch) {                                      \
+        affine_rows<false>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                 \
+    }                                                                                                                  \
+    SPOS_SIMD_CLONES void affine_relu_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels,            \
+                                            const A* scale, const A* shift, U* to, int64_t to_pitch) {                 \
+        affine_rows<true>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                  \
+    }
+SPOS_STORAGE(float, float)
+SPOS_STORAGE(double, double)
+SPOS_STORAGE(Half, float)
+SPOS_STORAGE(BFloat16, float)
+SPOS_CONVERSION(float, float, float)
+SPOS_CONVERSION(double, double, double)
+SPOS_CONVERSION(Half, float, float)
+SPOS_CONVERSION(BFloat16, float, float)
+SPOS_CONVERSION(float, Half, float)
+SPOS_CONVERSION(float, BFloat16, float)
+SPOS_CONVERSION(Half, Half, float)
+SPOS_CONVERSION(BFloat16, BFloat16, float)
+#undef SPOS_STORAGE
+#undef SPOS_CONVERSION
+
+}  // namespace
+
+template <typename T>
+void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
+                        bool stream) {
+    if constexpr (std::is_same_v<T, float>)
+        if (stream && machine_is_wide() && streamable(to, to_pitch, channels))
+            return even_stream(x, pitch, pixels, channels, to, to_pitch);
+    even_clone(x, pitch, pixels, channels, to, to_pitch);
+}
+
+template <typename T, typename A>
+void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
+                        int64_t done, double* mean, double* m2) {
+    moments_clone(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);
+}
+
+template <typename T, typename U, typename A>
+void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
+                     bool relu, U* to, int64_t to_pitch, bool stream) {
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<U, float>)
+        if (stream && relu && machine_is_wide() && streamable(to, to_pitch, channels))
+            return affine_relu_stream(from, pitch, pixels, channels, scale, shift, to, to_pitch);
+    if (relu)
+        affine_relu_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch);
+    else
+        affine_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch);
+}
+
+template <typename A>
+void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel, int64_t width,
+                   A* to, int64_t pitch) {
+    weights += first * kernel * kPack;
+    if constexpr (std::is_same_v<A, float>)
+        if (machine_is_wide()) return depthwise_wide(rows, count, weights, kernel, width, to, pitch);
+    depthwise_narrow(rows, count, weights, kernel, width, to, pitch);
+}
+
+#define SPOS_INSTANTIATE(T, A)                                                                                     \
+    template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool);                      \
+    template void store_with_moments(const A*, int64_t, int64_t, int64_t, T*, int64_t, int64_t, double*, double*); \
+    template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool);
+SPOS_INSTANTIATE(float, float)
+SPOS_INSTANTIATE(double, double)
+SPOS_INSTANTIATE(Half, float)
+SPOS_INSTANTIATE(BFloat16, float)
+#undef SPOS_INSTANTIATE
+template void scale_and_shift(const Half*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*, int64_t,
+                              bool);
+template void scale_and_shift(const BFloat16*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*,
+                              int64_t, bool);
+template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, Half*, int64_t,
+                              bool);
+template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, BFloat16*,
+                              int64_t, bool);
+template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t);
+
+}  // namespace spos::cpu

@@ -1,0 +1,57 @@
+// The inner loops of the fused units, on rows of channels-last images. T is how a value is stored, A what it is
+// computed in: double for double, float for all others.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/dtype.h"
+
+namespace spos::cpu {
+
+// A matrix of pixels and channels is given by its start and its pitch, the values from one pixel to the next.
+template <typename T>
+struct Compute {
+    using type = float;
+};
+template <>
+struct Compute<double> {
+    using type = double;
+};
+
+// to[p][c] = x[p][2 c]: the channels that pass. With `stream`, here and below, the output goes past the caches.
+template <typename T>
+void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
+                        bool stream);
+
+// `pixels` rows of `channels` results, `pitch` apart in whole packs, are stored to `to`; their moments are merged into
+// mean and m2, which stand for `done` values so far.
+template <typename T, typename A>
+void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
+                        int64_t done, double* mean, double* m2);
+
+// to[p][c] = relu(scale[c] * from[p][c] + shift[c]), ReLU only if `relu`. In place is allowed. What lies between
+// `channels` and the next whole pack of `scale` and `shift` must be readable.
+template <typename T, typename U, typename A>
+void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
+                     bool relu, U* to, int64_t to_pitch, bool stream = false);
+
+// The values in what they are computed in: where they lie, or else in the buffer.
+template <typename T, typename A>
+const A* widened(const T* from, int64_t size, A* buffer) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+        return from;
+    } else {
+        for (int64_t i = 0; i < size; ++i) buffer[i] = widen(from[i]);
+        return buffer;
+    }
+}
+
+// One row of a depthwise convolution on one pack of channels. rows[i] is the input row under kernel row first + i, from
+// the pixel under the left end of the kernel on, kPack values a pixel; `slack` pixels behind its end are readable.
+// weights: [kernel * kernel][kPack]. to: a pack for each of `width` pixels, `pitch` apart.
+constexpr int64_t kSlack = 32;
+template <typename A>
+void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel, int64_t width,
+                   A* to, int64_t pitch);
+
+}  // namespace spos::cpu

@@ -1,0 +1,107 @@
+// What the passes of the fused units have in common: how pixels become tasks, statistics that tasks leave behind, and
+// batch normalisation as one multiplication and one addition.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "csrc/cpu/moments.h"
+#include "csrc/cpu/parallel.h"
+#include "csrc/cpu/simd.h"
+
+namespace spos::cpu {
+
+inline int64_t whole_packs(int64_t channels) {
+    return divide_up(channels, kPack) * kPack;
+}
+
+// Memory that is written before it is read.
+template <typename A>
+std::unique_ptr<A[]> scratch(int64_t size) {
+    return std::unique_ptr<A[]>(new A[size]);
+}
+
+// Pixels in runs of whole blocks. A block's rows fit in the caches with a panel of weights; 112 is a multiple of the
+// rows of every tile.
+constexpr int64_t kBlock = 112;
+struct PixelTasks {
+    int64_t pixels, per_task, count;
+
+    PixelTasks(int64_t pixels, int64_t most)
+        : pixels(pixels),
+          per_task(divide_up(divide_up(pixels, kBlock), most) * kBlock),
+          count(divide_up(pixels, per_task)) {}
+    int64_t begin(int64_t task) const { return task * per_task; }
+    int64_t end(int64_t task) const { return std::min(pixels, begin(task) + per_task); }
+};
+
+// A sample's rows in bands, channels in chunks: tasks of a depthwise convolution.
+struct BandTasks {
+    static constexpr int64_t kChunk = 2 * kPack;  // channels of a task
+    int64_t samples, height, band, bands, channels, chunks, count;
+
+    BandTasks(int64_t samples, int64_t height, int64_t width, int64_t channels)
+        : samples(samples),
+          height(height),
+          band(std::min(height, divide_up(4096, width))),
+          bands(divide_up(height, band)),
+          channels(channels),
+          chunks(divide_up(channels, kChunk)),
+          count(samples * bands * chunks) {}
+    struct Task {
+        int64_t place;             // which of samples * bands
+        int64_t sample, top, end;  // rows from top to end
+        int64_t channel, width;    // first channel, and how many
+    };
+    // Neighbouring tasks are neighbouring channels of the same rows: they share pages, and lines of the last chunk.
+    Task operator[](int64_t index) const {
+        const int64_t place = index / chunks, channel = index % chunks * kChunk, top = place % bands * band;
+        return {place, place / bands, top, std::min(height, top + band), channel, std::min(kChunk, channels - channel)};
+    }
+};
+
+// Moments of each channel from tasks that each saw some of the pixels.
+struct Statistics {
+    int64_t places, channels;
+    std::vector<int64_t> counts;
+    std::vector<double> means, m2s;
+
+    Statistics(int64_t places, int64_t channels)
+        : places(places), channels(channels), counts(places), means(places * channels), m2s(places * channels) {}
+    double* mean(int64_t place) { return means.data() + place * channels; }
+    double* m2(int64_t place) { return m2s.data() + place * channels; }
+
+    // Merged in the order of the places. mean and var (divided by the count) in the statistics type.
+    template <typename A>
+    void finish(A* mean_out, A* var_out) {
+        int64_t count = counts[0];
+        for (int64_t place = 1; place < places; ++place) {
+            merge_moments(count, mean(0), m2(0), counts[place], mean(place), m2(place), channels);
+            count += counts[place];
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+            mean_out[c] = static_cast<A>(mean(0)[c]);
+            var_out[c] = static_cast<A>(m2(0)[c] / count);
+        }
+    }
+};
+
+// Batch normalisation as y = scale * z + shift; zeros behind the last channel up to a whole pack.
+template <typename A>
+struct Affine {
+    std::vector<A> scale, shift;
+
+    Affine(int64_t channels, const A* mean, const A* var, const A* gamma, const A* beta, double epsilon)
+        : scale(whole_packs(channels)), shift(whole_packs(channels)) {
+        for (int64_t c = 0; c < channels; ++c) {
+            const double a = (gamma ? gamma[c] : 1) / std::sqrt(double(var[c]) + epsilon);
+            scale[c] = static_cast<A>(a);
+            shift[c] = static_cast<A>((beta ? beta[c] : 0) - mean[c] * a);
+        }
+    }
+};
+
+}  // namespace spos::cpu

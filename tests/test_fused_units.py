@@ -1,0 +1,157 @@
+"""ShuffleUnit on the fused op: the same results, statistics and hooks as its plain modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spos_fast import ops
+from spos_fast.calibration import MODES, recalibrate
+from spos_fast.nn import ShuffleUnit, fused
+from spos_fast.ops.dispatch import OPS
+
+LAST = torch.channels_last
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every call of the fused op."""
+    if OPS["shuffle_unit"].choices["cpu"].kernel == "reference":
+        pytest.skip("no native kernel in this build")
+    found: list[int] = []
+    plain = ops.shuffle_unit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "shuffle_unit", counted)
+    return found
+
+
+def unit(affine: bool = True, seed: int = 0) -> ShuffleUnit:
+    """A unit with weights, scales, shifts and running statistics that are not their defaults."""
+    torch.manual_seed(seed)
+    made = ShuffleUnit(12, 12, 10, 5, affine=affine)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+        for name, buffer in made.named_buffers():
+            if buffer.dim():
+                buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_()
+    return made.to(memory_format=LAST)
+
+
+def plainly(made: ShuffleUnit, x: Tensor) -> Tensor:
+    """The unit's modules one after the other."""
+    return torch.cat((x[:, ::2], made.branch_main(x[:, 1::2])), 1)
+
+
+def images(seed: int, size: int = 3) -> Tensor:
+    """Channels-last input of the unit."""
+    return torch.randn(size, 12, 6, 7, generator=torch.Generator().manual_seed(seed)).contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0])
+@pytest.mark.parametrize("affine", [True, False])
+def test_training_is_that_of_the_modules(calls: list[int], affine: bool, momentum: float | None) -> None:
+    """Output, gradients, running statistics and counts over three steps, for every kind of momentum."""
+    ours, theirs = unit(affine), unit(affine)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for module in (*ours.modules(), *theirs.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+            module.reset_running_stats() if momentum is None else None
+    for step in range(3):
+        x, y = images(step).requires_grad_(), images(step).requires_grad_()
+        out, wanted = ours(x), plainly(theirs, y)
+        torch.testing.assert_close(out, wanted)
+        (out.sin().sum() / 10).backward()
+        (wanted.sin().sum() / 10).backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 3
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_statistics_that_are_not_tracked_stay_away(calls: list[int]) -> None:
+    """track_running_stats=False: batch statistics in training and in evaluation, and nothing is stored."""
+    made = ShuffleUnit(12, 12, 10, 3).to(memory_format=LAST)
+    for place in (1, 4, 6):
+        features = made.branch_main[place].num_features
+        made.branch_main[place] = nn.BatchNorm2d(features, track_running_stats=False)
+    for training in (True, False):
+        made.train(training)
+        torch.testing.assert_close(made(images(0)), plainly(made, images(0)))
+    assert len(calls) == 2
+    assert all(buffer is None for module in made.branch_main for buffer in module._buffers.values())
+
+
+def test_who_looks_inside_gets_the_modules(calls: list[int]) -> None:
+    """Hooks on the branch, in it and global ones fire; evaluation, NCHW, other dtypes, changed layers: no op."""
+    made, seen = unit(), []
+
+    def note(*_: Any) -> None:
+        seen.append(1)
+
+    def plain(x: Tensor | None = None) -> None:
+        x = images(0) if x is None else x
+        before = len(calls)
+        torch.testing.assert_close(made(x), plainly(made, x))
+        assert len(calls) == before
+
+    for place in (made.branch_main, *made.branch_main):
+        for register in (place.register_forward_hook, place.register_forward_pre_hook):
+            handle = register(note)
+            plain()
+            handle.remove()
+    assert len(seen) >= 2 * 9
+    handle = nn.modules.module.register_module_forward_hook(note)
+    plain()
+    handle.remove()
+    plain(images(0).contiguous())
+    plain(images(0)[:, :, ::2])
+    made.eval()
+    plain()
+    made.train()
+    made.branch_main[4].eval()
+    plain()
+    made.branch_main[4].train()
+    made.branch_main[2] = nn.ReLU6()
+    plain()
+    made.branch_main[2] = nn.ReLU()
+    made.double()
+    plain(images(0).double())
+    made.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain()
+    assert not calls
+    made(images(0))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recalibration(calls: list[int], mode: str) -> None:
+    """Every mode gives the statistics of the plain modules; pooled statistics need hooks and get the modules."""
+    net, seen = nn.Sequential(unit(seed=1), unit(seed=2)), nn.Sequential(unit(seed=1), unit(seed=2))
+    batches = [images(seed, size) for seed, size in enumerate((3, 3, 2))]
+    recalibrate(net, batches, mode)  # type: ignore[arg-type]
+    recalibrate(seen, batches, mode, forward=lambda x: plainly(seen[1], plainly(seen[0], x)))  # type: ignore[arg-type]
+    assert len(calls) == (0 if mode == "pooled" else 6)
+    for (name, a), b in zip(net.state_dict().items(), seen.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_switched_off(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernel was chosen (SPOS_FAST_BACKEND=reference), the modules run."""
+    made = unit()
+    assert fused.applies(images(0), made.branch_main)
+    monkeypatch.setitem(OPS["shuffle_unit"].choices, "cpu", type(OPS["shuffle_unit"].choices["cpu"])("reference", ""))
+    made(images(0))
+    assert not calls

@@ -46,7 +46,7 @@ def applies(x: Tensor, branch: nn.Sequential) -> bool:
 
 def shuffle_unit(x: Tensor, branch: nn.Sequential) -> Tensor:
     """The unit of stride 1 whose branch is given, by ``ops.shuffle_unit``; running statistics move."""
-    pw1, dw, pw2 = (cast(_CONV, branch[at]).weight for at in _CONVOLUTIONS)
+    pw1, dw, pw2 = (cast(nn.Conv2d, branch[at]).weight for at in _CONVOLUTIONS)
     norms = _norms(branch)
     gamma = torch.cat([norm.weight for norm in norms]) if norms[0].affine else None
     beta = torch.cat([norm.bias for norm in norms]) if norms[0].affine else None
@@ -80,7 +80,7 @@ def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
 
 
 def _norms(branch: nn.Sequential) -> list[nn.BatchNorm2d]:
-    return [cast(_NORM, branch[at]) for at in _NORMS]
+    return [cast(nn.BatchNorm2d, branch[at]) for at in _NORMS]
 
 
 def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:

@@ -18,14 +18,15 @@ from spos_fast.ops.dispatch import OPS
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _LAYERS = (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU)
 _CONVOLUTIONS, _NORMS = (0, 3, 5), (1, 4, 6)
+_FORWARDS = {kind: kind.forward for kind in set(_LAYERS)}  # what the op stands in for
 
 
 def applies(x: Tensor, branch: nn.Sequential) -> bool:
     """Whether the branch of a shuffle unit runs as the op: same result, faster, and nobody looks inside.
 
     It does on float32 images that are channels last, with batch statistics in all three layers, on devices that have a
-    kernel. Hooks on the branch or in it would not fire, so they keep the plain path, as do torch.compile, which fuses
-    by itself, and autocast.
+    kernel. Hooks on the branch or in it would not fire, and replaced forwards not be called, so they keep the plain
+    path; as do torch.compile, which fuses by itself, and autocast.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or x.dtype != torch.float32:
         return False
@@ -37,7 +38,9 @@ def applies(x: Tensor, branch: nn.Sequential) -> bool:
     layers = list(branch)
     if len(layers) != len(_LAYERS) or any(type(a) is not b for a, b in zip(layers, _LAYERS, strict=True)):
         return False
-    if _has_any_global_hook() or any(map(_hooked, (branch, *layers))):
+    if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
+        return False
+    if _has_any_global_hook() or any(map(_changed, (branch, *layers))):
         return False
     norms = _norms(branch)
     alike = len({norm.eps for norm in norms}) == 1 and len({norm.affine for norm in norms}) == 1
@@ -87,7 +90,7 @@ def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody hooked into this module, or gave it a forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)

@@ -18,7 +18,8 @@ from spos_fast.ops.dispatch import OPS
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _LAYERS = (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU)
 _CONVOLUTIONS, _NORMS = (0, 3, 5), (1, 4, 6)
-_FORWARDS = {kind: kind.forward for kind in set(_LAYERS)}  # what the op stands in for
+_KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the op stands in for
 
 
 def applies(x: Tensor, branch: nn.Sequential) -> bool:

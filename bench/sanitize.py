@@ -27,6 +27,9 @@ def main() -> int:
         parser.error("--device: got cuda; torch finds no CUDA device here")
     calls = 0
     for name, op in sorted(OPS.items()):
+        if op.choices[device].kernel == "reference":
+            print(f"{name} has no kernel on {device}: {op.choices[device].reason}")
+            continue
         kernels = [op.overload, *([op.triton] if op.triton is not None and device == "cuda" else [])]
         for arguments in SAMPLES[name]():
             for kernel in kernels:

@@ -38,8 +38,11 @@ Packed<A> pack(int64_t depth, int64_t columns, Element element) {
     for (int64_t panel = 0; panel < packed.panels(); ++panel) {
         const int64_t width = packed.packs_of(panel) * kPack, first = panel * panel_packs() * kPack;
         const int64_t used = width < columns - first ? width : columns - first;
-        for (int64_t k = 0; k < depth; ++k, to += width)
-            for (int64_t j = 0; j < used; ++j) to[j] = element(k, first + j);
+        // In squares, so that neither way of storing B is read one cache line a value.
+        for (int64_t top = 0; top < depth; top += kPack)
+            for (int64_t j = 0; j < used; ++j)
+                for (int64_t k = top; k < top + kPack && k < depth; ++k) to[k * width + j] = element(k, first + j);
+        to += depth * width;
     }
     return packed;
 }

@@ -60,7 +60,8 @@ class Backward {
           grad_pitch_(unit.half + unit.made),
           mid_pitch_(whole_packs(unit.mid)),
           inner_(scratch<A>(unit.pixels() * mid_pitch_)),
-          outer_(scratch<A>(unit.pixels() * mid_pitch_)) {}
+          apart_(scratch<A>(depthwise_in_place(unit) ? 0 : unit.pixels() * mid_pitch_)),
+          outer_(depthwise_in_place(unit) ? inner_.get() : apart_.get()) {}
 
     void run() {
         Norm<A> norm3 = norm(2 * u_.mid, u_.made, true), norm2 = norm(u_.mid, u_.mid, false),
@@ -207,7 +208,7 @@ class Backward {
                 depthwise_gradient_row(window.rows(pack), window.first(), window.count(), weights + pack * taps * kPack,
                                        u_.kernel, u_.width, y, result, recent.data() + pack * taps * kPack);
                 masked_gradient(result, y, z1, u_.mid, u_.width, channels, norm1.mean.data() + c,
-                                outer_.get() + pixel * mid_pitch_ + c, mid_pitch_, sums + pack * kPack,
+                                outer_ + pixel * mid_pitch_ + c, mid_pitch_, sums + pack * kPack,
                                 products + pack * kPack);
             }
             // In two levels: a long sum in one variable would lose digits.
@@ -227,14 +228,14 @@ class Backward {
         const auto product = pointwise(
             packed, pitch, nullptr,
             [&](int64_t pixel, int64_t pixels, A* dz, int64_t dz_pitch, A* odd) {
-                norm_gradient(outer_.get() + pixel * mid_pitch_, mid_pitch_, z1_ + pixel * u_.mid, u_.mid, pixels,
-                              u_.mid, norm1.from(0), dz, dz_pitch);
+                norm_gradient(outer_ + pixel * mid_pitch_, mid_pitch_, z1_ + pixel * u_.mid, u_.mid, pixels, u_.mid,
+                              norm1.from(0), dz, dz_pitch);
                 odd_channels(x + pixel * 2 * u_.half, pixels, u_.half, odd, pitch);
                 return static_cast<A*>(nullptr);
             },
             [&](int64_t pixel, int64_t pixels, const A* gradient) {
                 interleave(grad_ + pixel * grad_pitch_, grad_pitch_, gradient, pitch, pixels, u_.half,
-                           to + pixel * 2 * u_.half);
+                           to + pixel * 2 * u_.half, u_.pixels() * 2 * u_.half * int64_t(sizeof(T)) > kKept);
             });
         T* rows = static_cast<T*>(g_.pw1);
         for (int64_t m = 0; m < u_.mid_stored; ++m)
@@ -300,7 +301,9 @@ class Backward {
     const ParallelFor& parallel_for_;
     const T *grad_, *z1_, *z2_, *z3_;
     int64_t grad_pitch_, mid_pitch_;
-    std::unique_ptr<A[]> inner_, outer_;  // gradients between the convolutions
+    // Gradients between the convolutions: of y2, and of y1 through its ReLU, over it where the depthwise pass allows.
+    std::unique_ptr<A[]> inner_, apart_;
+    A* outer_;
 };
 
 }  // namespace

@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kMostTasks = 64;  // of one pass: bounds the partial statistics
 constexpr int64_t kRowsAhead = 4;   // how early the depthwise pass asks for its input
 constexpr int64_t kStep = 28;       // pixels between two rounds of prefetching in a matrix product
-constexpr int64_t kKept = 8 << 20;  // bytes that a cache may keep for the next layer
 
 // What each pixel has somewhere in memory.
 struct Nearby {
@@ -143,9 +142,10 @@ class Forward {
         });
         std::vector<A> start(whole_packs(u_.made));
         for (int64_t j = 0; j < u_.made; ++j) {
-            double sum = 0;
-            for (int64_t k = 0; k < u_.mid; ++k) sum += double(widen(weights[j * u_.mid_stored + k])) * norm.shift[k];
-            start[j] = static_cast<A>(sum);
+            double sum[4] = {};  // one chain of additions would wait for itself
+            for (int64_t k = 0; k < u_.mid; ++k)
+                sum[k % 4] += double(widen(weights[j * u_.mid_stored + k])) * norm.shift[k];
+            start[j] = static_cast<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
         }
         const T* z2 = static_cast<const T*>(o_.z2);
         const int64_t pitch = o_.pitch[1];

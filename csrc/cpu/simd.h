@@ -104,6 +104,13 @@ SPOS_SIMD_INLINE void stream_pack(float* to, const FloatPack& pack) {
 SPOS_SIMD_INLINE void end_of_stream() {}
 #endif
 
+// Whether rows are whole packs in places that stream_pack() takes.
+template <typename T>
+bool streamable(const T* to, int64_t pitch, int64_t channels) {
+    constexpr uintptr_t kSize = kPack * sizeof(T);
+    return reinterpret_cast<uintptr_t>(to) % kSize == 0 && pitch % kPack == 0 && channels % kPack == 0;
+}
+
 // To the nearest, ties to even; a NaN stays one.
 SPOS_SIMD_INLINE void store_pack(BFloat16* to, const FloatPack& pack) {
     const auto bits = reinterpret_cast<detail::WordPack>(pack);

@@ -50,16 +50,23 @@ template <bool kRelu, typename G, typename T, typename A>
 SPOS_SIMD_INLINE void norm_rows(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels,
                                 int64_t channels, const NormGradient<A>& norm, A* to, int64_t to_pitch) {
     using Pack = decltype(load_pack(norm.mean));
-    for (int64_t p = 0; p < pixels; ++p)
-        for (int64_t c = 0; c < channels; c += kPack) {
-            const int64_t lanes = std::min(kPack, channels - c);
-            const Pack value = load_some(z + p * z_pitch + c, lanes);
-            const Pack g = passed_gradient<kRelu>(Pack(load_some(grad + p * grad_pitch + c, lanes)), value, norm, c);
-            const Pack d = value - load_pack(norm.mean + c);
-            const Pack dz =
-                load_pack(norm.scale + c) * ((g - load_pack(norm.offset + c)) - load_pack(norm.slope + c) * d);
-            store_pack(to + p * to_pitch + c, dz);
+    const NormGradient<A> n = norm;  // the compiler must not fear that `to` is part of it
+    auto result = [&](const Pack& from, const Pack& value, int64_t c) __attribute__((always_inline)) {
+        const Pack g = passed_gradient<kRelu>(from, value, n, c), d = value - load_pack(n.mean + c);
+        return Pack(load_pack(n.scale + c) * ((g - load_pack(n.offset + c)) - load_pack(n.slope + c) * d));
+    };
+    constexpr int64_t kAhead = 8;
+    for (int64_t p = 0; p < pixels; ++p, grad += grad_pitch, z += z_pitch, to += to_pitch) {
+        const int64_t ahead = std::min(kAhead, pixels - 1 - p);
+        int64_t c = 0;
+        for (; c + kPack <= channels; c += kPack) {
+            __builtin_prefetch(grad + ahead * grad_pitch + c);
+            __builtin_prefetch(z + ahead * z_pitch + c);
+            store_pack(to + c, result(load_pack(grad + c), load_pack(z + c), c));
         }
+        if (c < channels)
+            store_pack(to + c, result(load_partial(grad + c, channels - c), load_partial(z + c, channels - c), c));
+    }
 }
 
 template <typename T, typename A>
@@ -187,6 +194,17 @@ SPOS_SIMD_INLINE void interleave_rows(const T* even, int64_t even_pitch, const A
         }
 }
 
+SPOS_SIMD_WIDE void interleave_stream(const float* even, int64_t even_pitch, const float* odd, int64_t odd_pitch,
+                                      int64_t pixels, int64_t channels, float* to) {
+    for (int64_t p = 0; p < pixels; ++p, even += even_pitch, odd += odd_pitch, to += 2 * channels)
+        for (int64_t c = 0; c < channels; c += kPack) {
+            const FloatPack left = load_pack(even + c), right = load_pack(odd + c);
+            stream_pack(to + 2 * c, low_lanes_in_turn(left, right));
+            stream_pack(to + 2 * c + kPack, high_lanes_in_turn(left, right));
+        }
+    end_of_stream();
+}
+
 template <typename T, typename A>
 SPOS_SIMD_INLINE void odd_rows(const T* x, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) {
     for (int64_t p = 0; p < pixels; ++p, x += 2 * channels, to += to_pitch) {
@@ -272,7 +290,10 @@ void depthwise_gradient_row(const A* const* rows, int64_t first, int64_t count, 
 
 template <typename T, typename A>
 void interleave(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch, int64_t pixels, int64_t channels,
-                T* to) {
+                T* to, bool stream) {
+    if constexpr (std::is_same_v<T, float>)
+        if (stream && machine_is_wide() && streamable(to, 2 * channels, channels))
+            return interleave_stream(even, even_pitch, odd, odd_pitch, pixels, channels, to);
     interleave_clone(even, even_pitch, odd, odd_pitch, pixels, channels, to);
 }
 
@@ -288,7 +309,7 @@ void odd_channels(const T* x, int64_t pixels, int64_t channels, A* to, int64_t t
                                 int64_t);                                                                           \
     template void masked_gradient(const A*, const A*, const T*, int64_t, int64_t, int64_t, const A*, A*, int64_t,   \
                                   double*, double*);                                                                \
-    template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*);                           \
+    template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*, bool);                     \
     template void odd_channels(const T*, int64_t, int64_t, A*, int64_t);
 SPOS_INSTANTIATE(float, float)
 SPOS_INSTANTIATE(double, double)

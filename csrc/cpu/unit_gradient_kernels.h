@@ -42,7 +42,7 @@ void depthwise_gradient_row(const A* const* rows, int64_t first, int64_t count, 
 // to[p][2 c] = even[p][c], to[p][2 c + 1] = odd[p][c].
 template <typename T, typename A>
 void interleave(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch, int64_t pixels, int64_t channels,
-                T* to);
+                T* to, bool stream);
 
 // Odd channels of x, [pixels, 2 * channels], in whole packs a pixel.
 template <typename T, typename A>

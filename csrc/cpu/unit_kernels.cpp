@@ -8,13 +8,6 @@
 namespace spos::cpu {
 namespace {
 
-// Whether rows are whole packs in places that a store past the caches takes.
-template <typename T>
-bool streamable(const T* to, int64_t pitch, int64_t channels) {
-    constexpr uintptr_t kSize = kPack * sizeof(T);
-    return reinterpret_cast<uintptr_t>(to) % kSize == 0 && pitch % kPack == 0 && channels % kPack == 0;
-}
-
 SPOS_SIMD_WIDE void even_stream(const float* x, int64_t pitch, int64_t pixels, int64_t channels, float* to,
                                 int64_t to_pitch) {
     for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch)

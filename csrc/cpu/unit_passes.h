@@ -18,6 +18,9 @@ inline int64_t whole_packs(int64_t channels) {
     return divide_up(channels, kPack) * kPack;
 }
 
+// Bytes that a cache may keep for the next layer; larger outputs are written past it.
+constexpr int64_t kKept = 8 << 20;
+
 // Memory that is written before it is read.
 template <typename A>
 std::unique_ptr<A[]> scratch(int64_t size) {

@@ -6,7 +6,7 @@ The modules stay what they are: parameters, buffers and state-dict names do not 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from spos_fast import ops
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
-_LAYERS = (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU)
+_LAYERS: tuple[Any, ...] = (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU)
 _CONVOLUTIONS, _NORMS = (0, 3, 5), (1, 4, 6)
 _KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the op stands in for

@@ -137,6 +137,8 @@ def test_slice_is_the_extracted_unit() -> None:
 @pytest.mark.parametrize("size", [(8, 32, 28, 28, 24, 5), (5, 20, 9, 9, 70, 3), (1, 6, 90, 77, 5, 3)], ids=str)
 def test_same_bits_for_any_number_of_threads(size: tuple[int, ...]) -> None:
     """Outputs, statistics and gradients do not depend on how many threads torch has."""
+    if OPS["shuffle_unit"].choices["cpu"].kernel == "reference":
+        pytest.skip("no native kernel in this build; PyTorch's own sums depend on its threads")
     samples, half, height, width, mid, kernel = size
     x = image(samples, 2 * half, height, width).requires_grad_()
     given = [x, *(weight.requires_grad_() for weight in weights(half, mid, half, kernel))]

@@ -1,0 +1,77 @@
+// What the bindings of all families share: torch's tensors as the kernels see them, and the table of kernels.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <functional>
+#include <vector>
+
+#include "csrc/dtype.h"
+
+// A shim of torch's CUDA library. Weak, so that the same file loads where torch has no CUDA; the address is then null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace spos::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Kernel {
+    const char* op;
+    const char* dispatch_key;
+    void (*boxed)(StableIValue*, uint64_t, uint64_t);
+};
+using Kernels = std::vector<Kernel>;
+
+// One a family, in its file.
+Kernels batchnorm_kernels();
+Kernels units_kernels();
+
+inline DType dtype_of(const Tensor& x, const char* argument) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            return DType::float32;
+        case ScalarType::Double:
+            return DType::float64;
+        case ScalarType::Half:
+            return DType::float16;
+        case ScalarType::BFloat16:
+            return DType::bfloat16;
+        default:
+            STD_TORCH_CHECK(false, argument, " must be float32, float64, float16 or bfloat16, got scalar type number ",
+                            static_cast<int>(x.scalar_type()));
+    }
+    return DType::float32;
+}
+
+inline void parallel_for(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(0, tasks, 1, body);
+}
+
+inline ScalarType statistics_type(DType dtype) {
+    return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor channels_last(const Tensor& x) {
+    return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+inline Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+    const Tensor pixels = torch::stable::new_empty(like, {n, h, w, c});
+    return torch::stable::transpose(torch::stable::transpose(pixels, 1, 3), 2, 3);
+}
+
+#ifdef SPOS_FAST_WITH_CUDA
+inline void* current_stream(const Tensor& x) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    return stream;
+}
+
+#endif
+
+}  // namespace spos::bindings

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spos_fast.ops import shuffle_unit_reference
+from tests.ops.block_samples import BLOCK_SAMPLES
 
 Arguments = tuple[Any, ...]
 
@@ -78,6 +79,7 @@ SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "bn_moments": _bn_moments,
     "shuffle_unit": _shuffle_unit,
     "shuffle_unit_backward": _shuffle_unit_backward,
+    **BLOCK_SAMPLES,
 }
 
 

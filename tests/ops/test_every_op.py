@@ -95,7 +95,7 @@ def test_kernels_agree(name: str, device: str) -> None:
         exact = op.reference(*widened(arguments))
         here = on(arguments, device)
         kernels = {f"chosen ({op.choices[device].kernel})": op.overload}
-        if device == "cuda":
+        if device == "cuda" and not op.plain:
             expected = "native" if native.build_info()["cuda"] else "triton"
             assert op.choices["cuda"].kernel == expected, op.choices["cuda"].reason
             if op.triton is not None:

@@ -50,8 +50,8 @@ def in_autocast_dtype(x: Tensor, other: MaybeTensor) -> tuple[Tensor, MaybeTenso
 
 
 def channels_last(x: Tensor, name: str, op: str) -> Tensor:
-    """The image in channels last; what is not is copied, with one warning an op."""
-    if x.is_contiguous(memory_format=LAST):
+    """The image in channels last; what is not is copied, with one warning an op. What is no image stays as it is."""
+    if x.dim() != 4 or x.is_contiguous(memory_format=LAST):
         return x
     if not torch.compiler.is_compiling() and op not in _warned_of_layout:
         _warned_of_layout.add(op)

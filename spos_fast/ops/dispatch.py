@@ -42,12 +42,14 @@ class Op:
         reference: the definition in plain PyTorch.
         triton: the Triton kernel's launcher; None if there is none.
         choices: which kernel serves which device type.
+        plain: why the reference is its one implementation; None if it has kernels.
     """
 
     overload: Any
     reference: Kernel
     triton: Kernel | None
     choices: dict[str, Choice]
+    plain: str | None = None
 
 
 OPS: dict[str, Op] = {}  # by name
@@ -85,7 +87,7 @@ def define_op(
     # Serves every device without a kernel of its own. Not Implicit: autograd is the op's own.
     LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
     overload = getattr(torch.ops.spos_fast, name).default
-    OPS[name] = Op(overload, reference, launcher, choices)
+    OPS[name] = Op(overload, reference, launcher, choices, plain)
     positions = frozenset(autocast)
     if positions:
         for device in DEVICES:

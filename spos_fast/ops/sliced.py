@@ -143,12 +143,13 @@ def sliced_batch_norm(
     mean, var, scale, shift = (value if value is None else value[: x.shape[1]] for value in stored.values())
     if channels is None:
         return functional.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
-    before = None if mean is None or var is None else (mean.clone(), var.clone())
-    y = functional.batch_norm(only_present(x, channels, 1), mean, var, scale, shift, training, momentum, eps)
-    if training and before is not None and mean is not None and var is not None:
-        there = present(channels, mean, 0)
-        for running, old in zip((mean, var), before, strict=True):
-            running.copy_(torch.where(there, running, old))
+    # Copies: batch_norm moves the absent channels' statistics too, and keeps what it is given for the backward pass.
+    new_mean, new_var = (value if value is None else only_present(value, channels, 0) for value in (mean, var))
+    x = only_present(x, channels, 1)
+    y = functional.batch_norm(x, new_mean, new_var, scale, shift, training, momentum, eps)
+    for running, moved in ((mean, new_mean), (var, new_var)):
+        if training and running is not None and moved is not None:
+            running.copy_(torch.where(present(channels, running, 0), moved, running))
     return only_present(y, channels, 1)
 
 

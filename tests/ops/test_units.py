@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from spos_fast import ops
 from spos_fast.errors import InputError
-from spos_fast.ops import channels
+from spos_fast.ops import layout
 from spos_fast.ops.dispatch import OPS
 from tests.ops.samples import SAMPLES
 from tests.ops.unit_samples import Sizes, normalised, weights
@@ -288,7 +288,7 @@ def test_layouts(kind: str) -> None:
     wide = torch.full((2, 20, 5, 6), torch.nan).contiguous(memory_format=LAST)
     wide[:, 4:12] = x
     transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
-    channels._warned_of_layout.discard(kind)
+    layout._warned.discard(kind)
     with pytest.warns(RuntimeWarning, match=f"{kind}: x is not channels last") as caught:
         for value in (x.contiguous(), wide[:, 4:12], transposed):
             out = op(value, *main).out

@@ -1,8 +1,8 @@
 """Convolution and batch norm on the first channels of what is stored: the layers of slimmable networks.
 
-Nothing is copied but what PyTorch's convolution packs for itself, which is the slice and not the whole weight; so both
-run PyTorch's own kernels on views. What is added is the rule for slices, exact zeros in the gradients outside of them,
-and widths that only the device knows.
+Both are PyTorch's own kernels on views. Of a weight that does not lie in one piece they pack the slice, never the
+whole: a few hundredths of a convolution's time, and all that a kernel of ours could save. What is added is the rule for
+slices, and widths that only the device knows. To autograd, autocast and compilers the ops are what they consist of.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import DTYPES
 from spos_fast.ops.channels import check_width, in_autocast_dtype, only_present, present, width_of
-from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.dispatch import define_composite
 
 Pair = int | Sequence[int]
 
@@ -38,9 +38,8 @@ def sliced_conv2d(
 
     conv2d(x[:, :in_channels], weight[:out_channels, :in_channels], bias[:out_channels]). Nothing outside of the slice
     is read, gradients there are exactly zero. A depthwise convolution has one number of channels, in and out. What runs
-    is ``torch.nn.functional.conv2d`` on views: cuDNN, oneDNN. Those pack a weight that does not lie in one piece, but
-    only the slice of it. With numbers that only the device knows all stored channels are computed and masked.
-    Differentiable any number of times.
+    is ``torch.nn.functional.conv2d`` on views, which copies at most the slice of the weight; with numbers that only the
+    device knows, on all channels, masked. Differentiable any number of times.
 
     Args:
         x: [N, C, H, W]; float32, float64, float16 or bfloat16. Under autocast, x, weight and bias are cast to its
@@ -64,42 +63,15 @@ def sliced_conv2d(
         TypeError: an argument is no tensor, or of a dtype that does not fit.
         InputError: shapes that do not fit together, channels that are not there, or a slice of a grouped convolution.
     """
-    if isinstance(weight, Tensor):
-        x, weight = in_autocast_dtype(x, weight)
-        x, bias = in_autocast_dtype(x, bias)
-    _check_tensors(x, weight, bias, groups)
+    x, weight, bias = _checked(x, weight, bias, groups)
     used_in, width_in = width_of("in_channels", in_channels, x.shape[1])
-    depthwise = _depthwise(weight, groups)
-    if depthwise:
+    if _depthwise(weight, groups):
         used_in, width_in = _one_number(used_in, width_in, out_channels, in_channels is None)
-    used_out, width_out = (used_in, width_in) if depthwise else width_of("out_channels", out_channels, weight.shape[0])
-    _check_slice(x, weight, groups, used_in, used_out, width_in, width_out)
-    out: Tensor = _op(
-        x, weight, bias, used_in, used_out, *map(_pair, (stride, padding, dilation)), groups, width_in, width_out
-    )
-    return out
-
-
-def sliced_conv2d_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    channels_in: int,
-    channels_out: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    width_in: Tensor | None,
-    width_out: Tensor | None,
-) -> Tensor:
-    """What the op sliced_conv2d computes, and what runs: PyTorch's convolution. The widths: how many are present."""
-    _check_tensors(x, weight, bias, groups)
-    _check_slice(x, weight, groups, channels_in, channels_out, width_in, width_out)
-    used, filters, used_groups = _used(x, weight, channels_in, channels_out, groups, width_in, width_out)
-    used_bias = None if bias is None else bias[:channels_out]
-    out = functional.conv2d(used, filters, used_bias, stride, padding, dilation, used_groups)
-    return only_present(out, width_out, 1).contiguous(memory_format=_format(x, weight))
+        used_out, width_out = used_in, width_in
+    else:
+        used_out, width_out = width_of("out_channels", out_channels, weight.shape[0])
+    settings = _pair(stride), _pair(padding), _pair(dilation), groups
+    return _convolve(x, weight, bias, used_in, used_out, *settings, width_in, width_out)
 
 
 def sliced_batch_norm(
@@ -140,7 +112,7 @@ def sliced_batch_norm(
     """
     stored = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     _check_norm(x, stored, channels)
-    mean, var, scale, shift = (value if value is None else value[: x.shape[1]] for value in stored.values())
+    mean, var, scale, shift = (v if v is None else _first(v, x.shape[1], 0) for v in stored.values())
     if channels is None:
         return functional.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
     # Copies: batch_norm moves the absent channels' statistics too, and keeps what it is given for the backward pass.
@@ -151,6 +123,39 @@ def sliced_batch_norm(
         if training and running is not None and moved is not None:
             running.copy_(torch.where(present(channels, running, 0), moved, running))
     return only_present(y, channels, 1)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels_in: int,
+    channels_out: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    width_in: Tensor | None,
+    width_out: Tensor | None,
+) -> Tensor:
+    """The convolution of the sizes that are given; the widths say how many of these channels are present."""
+    _check_slice(x, weight, groups, channels_in, channels_out, width_in, width_out)
+    filters = _first(weight, channels_out, 0)
+    if _depthwise(weight, groups):
+        groups = channels_out
+    else:
+        filters = only_present(_first(filters, channels_in // groups, 1), width_in, 1)
+    # Filters of absent channels too, whose NaN would otherwise pass into the gradient of x.
+    filters = only_present(filters, width_out, 0)
+    used = only_present(_first(x, channels_in, 1), width_in, 1)
+    used_bias = None if bias is None else _first(bias, channels_out, 0)
+    out = functional.conv2d(used, filters, used_bias, stride, padding, dilation, groups)
+    return only_present(out, width_out, 1)
+
+
+def _first(value: Tensor, count: int, dim: int) -> Tensor:
+    """The first entries along a dimension; no view where that is all, which autograd would undo by a copy."""
+    return value if value.shape[dim] == count else value.narrow(dim, 0, count)
 
 
 def _pair(value: Pair) -> list[int]:
@@ -175,45 +180,30 @@ def _one_number(
     return used, width
 
 
-def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """That of the output, as conv2d has it: channels last where x, be it a slice, or weight is."""
-    weight_is = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return torch.channels_last if x.stride(1) == 1 or weight_is else torch.contiguous_format
+def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in autocast's dtype where that is on.
 
-
-def _used(
-    x: Tensor,
-    weight: Tensor,
-    channels_in: int,
-    channels_out: int,
-    groups: int,
-    width_in: Tensor | None,
-    width_out: Tensor | None,
-) -> tuple[Tensor, Tensor, int]:
-    """The slices of x and weight, zero where absent, and the slice's groups."""
-    used = only_present(x[:, :channels_in], width_in, 1)
-    if _depthwise(weight, groups):
-        return used, only_present(weight[:channels_out], width_out, 0), channels_out
-    filters = weight[:channels_out, : channels_in // groups]
-    return used, only_present(only_present(filters, width_in, 1), width_out, 0), groups
-
-
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    for name, value, dimensions in (("x", x, 4), ("weight", weight, 4), ("bias", bias, 1)):
-        if name == "bias" and value is None:
-            continue
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that does not fit.
+        InputError: shapes that do not fit together.
+    """
+    named = {"x": (x, 4), "weight": (weight, 4)} | ({} if bias is None else {"bias": (bias, 1)})
+    for name, (value, dimensions) in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
-        if value.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
         if value.dim() != dimensions:
             raise InputError(f"{name} must have {dimensions} dimensions, got shape {list(value.shape)}")
+    (x, weight), (_, bias) = in_autocast_dtype(x, weight), in_autocast_dtype(x, bias)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {parameter.dtype}")
     if bias is not None and bias.shape[0] != weight.shape[0]:
         raise InputError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise InputError(f"groups must divide the {weight.shape[0]} stored output channels, got {groups}")
+    return x, weight, bias
 
 
 def _check_slice(
@@ -263,69 +253,25 @@ def _check_norm(x: Tensor, stored: dict[str, Tensor | None], channels: Tensor | 
     check_width("channels", channels, x)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    channels_in: int,
-    channels_out: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    width_in: Tensor | None,
-    width_out: Tensor | None,
-) -> Tensor:
-    height, width = (
-        (x.shape[2 + at] + 2 * padding[at] - dilation[at] * (weight.shape[2 + at] - 1) - 1) // stride[at] + 1
-        for at in range(2)
-    )
-    size = (x.shape[0], channels_out, height, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(x, weight))
+def _conv2d_op(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    groups = arguments[5]
+    return _convolve(*_checked(x, weight, bias, groups), *arguments)
 
 
-_op = define_op(
+def _batch_norm_op(x: Tensor, *arguments: Any) -> Tensor:
+    *others, channels = arguments
+    return sliced_batch_norm(x, *others, channels=channels)
+
+
+define_composite(
     "sliced_conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt channels_in, SymInt channels_out, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, int groups, Tensor? width_in, Tensor? width_out) -> Tensor",
-    reference=sliced_conv2d_reference,
-    fake=_fake,
-    autocast=(0, 1, 2),
-    plain="PyTorch's own convolution on views of the slice",
+    _conv2d_op,
+    "PyTorch's convolution on views of the slice",
 )
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.settings, width_in, width_out = inputs
-    ctx.save_for_backward(x, weight, width_in, width_out)
-    ctx.has_bias = bias is not None
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, width_in, width_out = ctx.saved_tensors
-    channels_in, channels_out, stride, padding, dilation, groups = ctx.settings
-    used, filters, used_groups = _used(x, weight, channels_in, channels_out, groups, width_in, width_out)
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-    bias_sizes = [channels_out] if ctx.has_bias else None
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        only_present(grad, width_out, 1), used, filters, bias_sizes, stride, padding, dilation, False, [0, 0],
-        used_groups, wanted,
-    )  # fmt: skip
-    if wanted[0]:
-        grad_x = _extended(only_present(grad_x, width_in, 1), x.shape[1], 1)
-    if wanted[1]:
-        # Zero factors do not keep a NaN out of the entries that are absent.
-        if not _depthwise(weight, groups):
-            grad_weight = _extended(only_present(grad_weight, width_in, 1), weight.shape[1], 1)
-        grad_weight = _extended(only_present(grad_weight, width_out, 0), weight.shape[0], 0)
-    if wanted[2]:
-        grad_bias = _extended(grad_bias, weight.shape[0], 0)
-    return grad_x, grad_weight, grad_bias, *(None,) * 8
-
-
-def _extended(part: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros behind ``part`` along a dimension, up to ``size``."""
-    missing = size - part.shape[dim]
-    return part if missing == 0 else functional.pad(part, [0, 0] * (part.dim() - 1 - dim) + [0, missing])
-
-
-torch.library.register_autograd("spos_fast::sliced_conv2d", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+define_composite(
+    "sliced_batch_norm(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "
+    "bool training, float momentum, float eps, Tensor? channels) -> Tensor",
+    _batch_norm_op,
+    "PyTorch's batch norm on views of the slice",
+)

@@ -1,4 +1,4 @@
-"""Small arguments for sliced_conv2d."""
+"""Small arguments for the sliced layers."""
 
 from __future__ import annotations
 
@@ -37,4 +37,20 @@ def _sliced_conv2d() -> list[Arguments]:
     return found
 
 
-SLICED_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {"sliced_conv2d": _sliced_conv2d}
+def _sliced_batch_norm() -> list[Arguments]:
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for channels, training, affine, width in ((9, True, True, None), (5, True, False, 3), (12, False, True, 7)):
+            x = (torch.randn(3, channels, 5, 6, generator=generator) + 0.5).to(dtype)
+            stored = [torch.rand(12, generator=generator) + 0.5 for _ in range(4)]
+            vectors = [*stored[:2], *(stored[2:] if affine else (None, None))]
+            present = None if width is None else torch.tensor(width, dtype=torch.int32)
+            found.append((x.contiguous(memory_format=torch.channels_last), *vectors, training, 0.1, 1e-5, present))
+    return found
+
+
+SLICED_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
+    "sliced_batch_norm": _sliced_batch_norm,
+    "sliced_conv2d": _sliced_conv2d,
+}

@@ -1,9 +1,10 @@
-"""The ShuffleNetV2 block space of SPOS (arXiv 1904.00420, table 2), with every size as a parameter."""
+"""The ShuffleNetV2 space of SPOS (arXiv 1904.00420, table 2) for block search, channel search and both jointly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,21 @@ from spos_fast.supernet import Network, Supernet
 
 KERNEL_SIZES = (3, 5, 7)
 CHOICES = ("shuffle_k3", "shuffle_k5", "shuffle_k7", "xception")
+WIDEST = 2.0
+
+
+def scaled_channels(channels: int, ratio: float) -> int:
+    """``floor(channels * ratio)``, the rounding of the published list of widths (``int(...)``), in exact arithmetic.
+
+    The ratio stands for the fraction nearest to it with a denominator of at most 1,000: 0.6 and 3 * 0.2 (which is
+    greater by 1e-16) are both three fifths, so no product falls below the whole number that it should be.
+    """
+    return int(channels * Fraction(ratio).limit_denominator(1000))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Sizes of one choice block: ``input_size`` is the height and width that comes in."""
+    """Sizes of one choice block at ratio 1: ``input_size`` is the height and width that comes in."""
 
     in_channels: int
     out_channels: int
@@ -33,18 +44,17 @@ class _Block:
     def output_size(self) -> int:
         return -(-self.input_size // self.stride)
 
-    def module(self, choice: int, affine: bool) -> nn.Module:
+    def module(self, choice: int, ratio: float, affine: bool) -> nn.Module:
+        mid = scaled_channels(self.mid_channels, ratio)
         if choice < len(KERNEL_SIZES):
-            return ShuffleUnit(
-                self.in_channels, self.out_channels, self.mid_channels, KERNEL_SIZES[choice], self.stride, affine
-            )
-        return XceptionUnit(self.in_channels, self.out_channels, self.mid_channels, self.stride, affine)
+            return ShuffleUnit(self.in_channels, self.out_channels, mid, KERNEL_SIZES[choice], self.stride, affine)
+        return XceptionUnit(self.in_channels, self.out_channels, mid, self.stride, affine)
 
-    def convolutions(self, choice: int) -> list[tuple[int, int]]:
+    def convolutions(self, choice: int, ratio: float) -> list[tuple[int, int]]:
         """(weights, output height) of every convolution; without bias, MACs are weights x output area."""
         splits = self.stride == 1 and self.in_channels == self.out_channels
         narrow = self.in_channels // 2 if splits else self.in_channels
-        mid, wide = self.mid_channels, self.out_channels - narrow
+        mid, wide = scaled_channels(self.mid_channels, ratio), self.out_channels - narrow
         size, out = self.input_size, self.output_size
         if choice < len(KERNEL_SIZES):
             kernel = KERNEL_SIZES[choice] ** 2
@@ -64,6 +74,11 @@ class ShuffleNetV2(Space):
     The defaults are the paper's network for 224 x 224 ImageNet. The first block of a stage widens the channels and
     applies the stage's stride; the others keep both.
 
+    With ``channels`` every layer has a second gene: the width of the block, as a ratio to its usual mid channels (half
+    of its output channels). The published ratios are 0.2 to 1.6 in steps of 0.2. With ``blocks`` too, only the widths
+    are searched. A layer's genes stand together: block, width, block, width, ... Weights of a block are stored once, at
+    the widest ratio; a narrower one uses the first channels.
+
     Args:
         input_size: height and width of the images, in pixels.
         num_classes: number of logits.
@@ -78,6 +93,10 @@ class ShuffleNetV2(Space):
         init: ``"published"`` for the published code's initial weights, or ``"pytorch"`` for PyTorch's. The published
             depthwise kernels start with a deviation of 1 whatever their size, which normalisation hides but which
             probably slows the large ones: in schedules of a few passes over CIFAR-10 PyTorch's were better by points.
+        channels: ratios that a block's mid channels are searched in, ascending, at most 2; None searches no widths.
+            :func:`scaled_channels` rounds.
+        blocks: the choice of every layer, by index, for a search of widths only: one a layer, or a single one for all
+            (``(0,)`` is the paper's: shuffle_k3 everywhere). None searches the blocks.
 
     Raises:
         InputError: sizes that give no network.
@@ -99,6 +118,8 @@ class ShuffleNetV2(Space):
         head_channels: int = 1024,
         dropout: float = 0.1,
         init: str = "published",
+        channels: Sequence[float] | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         self._config: dict[str, Any] = dict(
             input_size=input_size,
@@ -112,11 +133,17 @@ class ShuffleNetV2(Space):
             head_channels=head_channels,
             dropout=dropout,
             init=init,
+            channels=tuple(map(float, channels)) if channels else None,
+            blocks=tuple(blocks) if blocks else None,
         )
         self._check_config()
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
         self._blocks = tuple(self._make_blocks())
-        self.choices = (CHOICES,) * len(self._blocks)
+        self.ratios: tuple[float, ...] = self._config["channels"] or (1.0,)
+        self._candidates = self._make_candidates()
+        self.kinds = ("block",) * (not blocks) + ("width",) * bool(channels)
+        names = {"block": CHOICES, "width": tuple(f"{ratio:g}x" for ratio in self.ratios)}
+        self.choices = tuple(names[kind] for _ in self._blocks for kind in self.kinds)
         self.cost_tables = self._make_cost_tables()
 
     def config(self) -> dict[str, Any]:
@@ -129,14 +156,18 @@ class ShuffleNetV2(Space):
     def supernet(self) -> Supernet:
         """A freshly initialised supernet, batch normalisation without scale and shift as published."""
         first_conv, conv_last, classifier = self._ends(affine=False)
-        features = [[block.module(choice, affine=False) for choice in range(len(CHOICES))] for block in self._blocks]
+        widest = self.ratios[-1]
+        features = [
+            [block.module(choice, widest, affine=False) for choice in candidates]
+            for block, candidates in zip(self._blocks, self._candidates, strict=True)
+        ]
         net = Supernet(
             first_conv,
             features,
             conv_last,
             classifier,
             self._config["dropout"],
-            check=self.architecture,
+            route=self._route,
             build=self.build,
         )
         if self._config["init"] == "published":
@@ -149,13 +180,40 @@ class ShuffleNetV2(Space):
         Raises:
             InputError: the architecture is not of this space.
         """
-        genes = self.architecture(arch).genes
+        chosen = self._chosen(arch)
         first_conv, conv_last, classifier = self._ends(affine=True)
-        features = [block.module(gene, affine=True) for block, gene in zip(self._blocks, genes, strict=True)]
+        features = [
+            block.module(candidates[choice], self.ratios[width], affine=True)
+            for block, candidates, (choice, width) in zip(self._blocks, self._candidates, chosen, strict=True)
+        ]
         net = Network(first_conv, features, conv_last, classifier, self._config["dropout"])
         if self._config["init"] == "published":
             _initialize_as_published(net)
         return net
+
+    def baselines(self) -> dict[str, Architecture]:
+        """Each choice block everywhere, at the ratio nearest to 1; or that ratio everywhere if only widths are
+        searched.
+        """
+        width = min(range(len(self.ratios)), key=lambda index: abs(self.ratios[index] - 1))
+        if "block" not in self.kinds:
+            return {f"all_{self.choices[0][width]}": self.everywhere(width)}
+        usual = (width,) if "width" in self.kinds else ()
+        return {f"all_{name}": self.everywhere(choice, *usual) for choice, name in enumerate(CHOICES)}
+
+    def _chosen(self, arch: Architecture) -> list[tuple[int, int]]:
+        """For every layer the index of its candidate block and of its ratio; what is not searched has index 0."""
+        genes = np.reshape(self.architecture(arch).genes, (len(self._blocks), len(self.kinds)))
+        of_kind = {kind: genes[:, position].tolist() for position, kind in enumerate(self.kinds)}
+        absent = [0] * len(self._blocks)
+        return list(zip(of_kind.get("block", absent), of_kind.get("width", absent), strict=True))
+
+    def _route(self, arch: Architecture) -> list[tuple[int, int]]:
+        """For every layer the index of its candidate block and its mid channels."""
+        return [
+            (choice, scaled_channels(block.mid_channels, self.ratios[width]))
+            for block, (choice, width) in zip(self._blocks, self._chosen(arch), strict=True)
+        ]
 
     def _ends(self, affine: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         stem, head, last = self._config["stem_channels"], self._config["head_channels"], self._blocks[-1].out_channels
@@ -180,18 +238,28 @@ class ShuffleNetV2(Space):
                 yield block
                 channels, size = width, block.output_size
 
+    def _make_candidates(self) -> tuple[tuple[int, ...], ...]:
+        """For every layer the choice blocks that its weights are stored for."""
+        fixed = self._config["blocks"]
+        if fixed is None:
+            return (tuple(range(len(CHOICES))),) * len(self._blocks)
+        return tuple((choice,) for choice in (fixed * len(self._blocks) if len(fixed) == 1 else fixed))
+
     def _make_cost_tables(self) -> dict[str, CostTable]:
         config, last = self._config, self._blocks[-1]
         stem = (9 * self.in_channels * config["stem_channels"], self._blocks[0].input_size)
         head = (last.out_channels * config["head_channels"], last.output_size)
         classifier = (config["head_channels"] * self.num_classes, 1)
 
+        sizes = dict(block=len(CHOICES), width=len(self.ratios))
+        shape = [sizes[kind] for kind in self.kinds]
+
         def table(measure: Any) -> CostTable:
-            layers = tuple(
-                np.array([measure(block.convolutions(choice)) for choice in range(len(CHOICES))], dtype=np.int64)
-                for block in self._blocks
-            )
-            return CostTable(measure([stem, head, classifier]), layers)
+            layers = []
+            for block, candidates in zip(self._blocks, self._candidates, strict=True):
+                costs = [measure(block.convolutions(choice, r)) for choice in candidates for r in self.ratios]
+                layers.append(np.array(costs, dtype=np.int64).reshape(shape))
+            return CostTable(measure([stem, head, classifier]), tuple(layers))
 
         return {
             "macs": table(lambda convolutions: sum(weights * size**2 for weights, size in convolutions)),
@@ -226,6 +294,29 @@ class ShuffleNetV2(Space):
         for stride in config["stage_strides"]:
             if stride not in (1, 2):
                 raise InputError(f"stage_strides: got {stride!r}; expected 1 or 2")
+        self._check_search()
+
+    def _check_search(self) -> None:
+        """Refuse widths and blocks that make no search."""
+        channels, blocks = self._config["channels"], self._config["blocks"]
+        narrowest = self._config["stage_channels"][0] // 2
+        before = 0.0
+        for ratio in channels or ():
+            if not before < ratio <= WIDEST:
+                raise InputError(f"channels: got {ratio!r} after {before:g}; expected ascending ratios up to {WIDEST:g}")
+            before = ratio
+        if channels and scaled_channels(narrowest, channels[0]) < 1:
+            raise InputError(f"channels: {channels[0]:g} leaves none of the first stage's {narrowest} mid channels")
+        if blocks is None:
+            return
+        if channels is None:
+            raise InputError("blocks: with all of them fixed nothing is left to search; give channels too")
+        layers = sum(self._config["stage_repeats"])
+        if len(blocks) not in (1, layers):
+            raise InputError(f"blocks: got {len(blocks)}; expected one for each of the {layers} layers, or one for all")
+        for choice in blocks:
+            if not isinstance(choice, int) or not 0 <= choice < len(CHOICES):
+                raise InputError(f"blocks: got {choice!r}; expected 0 to {len(CHOICES) - 1} ({', '.join(CHOICES)})")
 
 
 def _initialize_as_published(net: nn.Module) -> None:

@@ -35,6 +35,7 @@ class _Unit(nn.Module):
     are neither read nor written (their gradient is zero, their running statistics do not move).
     """
 
+    plan: fused.Plan
     branch_main: nn.Sequential
     branch_proj: nn.Sequential | None
 
@@ -51,6 +52,7 @@ class _Unit(nn.Module):
             raise InputError(f"stride: got {stride}; expected 1 or 2")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size: got {kernel_size}; expected an odd number such as 3, 5 or 7")
+        self.mid_channels, self.stride = mid_channels, stride
         self.splits = stride == 1 and in_channels == out_channels
         if self.splits and in_channels % 2:
             raise InputError(f"in_channels: got {in_channels}; a unit that splits its input needs an even number")
@@ -59,7 +61,6 @@ class _Unit(nn.Module):
                 f"out_channels: got {out_channels} for {in_channels} input channels and stride {stride}; "
                 "a unit that does not split its input must widen it"
             )
-        self.mid_channels = mid_channels
         self.branch_in = in_channels // 2 if self.splits else in_channels
         self.branch_out = out_channels - self.branch_in
 
@@ -78,6 +79,9 @@ class _Unit(nn.Module):
     def forward(self, x: Tensor, mid: int | None = None) -> Tensor:
         """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
 
+        Channels-last input runs as one fused op where that gives the same (``spos_fast.nn.fused``);
+        ``SPOS_FAST_BACKEND=reference`` switches it off.
+
         Args:
             x: images.
             mid: how many of the mid channels are used; None is all of them.
@@ -87,11 +91,15 @@ class _Unit(nn.Module):
         """
         if mid is not None and not 1 <= mid <= self.mid_channels:
             raise InputError(f"mid: got {mid}; expected 1 to {self.mid_channels} channels")
+        mid = None if mid == self.mid_channels else mid
+        out = fused.run(self.plan, x, self.branch_main, self.branch_proj, self.stride, mid)
+        return out if out is not None else self._plainly(x, mid)
+
+    def _plainly(self, x: Tensor, mid: int | None) -> Tensor:
         # Slices keep the memory format; the view-and-transpose form of the shuffle would leave channels_last.
         passed, narrow = (x[:, ::2], x[:, 1::2]) if self.branch_proj is None else (self.branch_proj(x), x)
-        if mid is None or mid == self.mid_channels:
-            return torch.cat((passed, self.branch_main(narrow)), 1)
-        return torch.cat((passed, _run_slice(self.branch_main, narrow, mid)), 1)
+        made = self.branch_main(narrow) if mid is None else _run_slice(self.branch_main, narrow, mid)
+        return torch.cat((passed, made), 1)
 
 
 def _run_slice(branch: nn.Sequential, x: Tensor, mid: int) -> Tensor:
@@ -133,6 +141,8 @@ class ShuffleUnit(_Unit):
         InputError: sizes that no such unit has.
     """
 
+    plan = fused.SHUFFLE
+
     def __init__(
         self,
         in_channels: int,
@@ -155,22 +165,14 @@ class ShuffleUnit(_Unit):
         )
         self.branch_proj = self._projection(kernel_size, stride, affine)
 
-    def forward(self, x: Tensor, mid: int | None = None) -> Tensor:
-        """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
-
-        With batch statistics, stride 1 and channels-last input the branch is one fused op where that is the faster
-        (``spos_fast.nn.fused``); ``SPOS_FAST_BACKEND=reference`` switches it off.
-        """
-        if self.splits and mid in (None, self.mid_channels) and fused.applies(x, self.branch_main):
-            return fused.shuffle_unit(x, self.branch_main)
-        return super().forward(x, mid)
-
 
 class XceptionUnit(_Unit):
     """The Xception choice: three depthwise 3x3 convolutions, each followed by a 1x1 convolution.
 
     Args and errors as :class:`ShuffleUnit`, without ``kernel_size``.
     """
+
+    plan = fused.XCEPTION
 
     def __init__(
         self, in_channels: int, out_channels: int, mid_channels: int, stride: int = 1, affine: bool = True

@@ -2,7 +2,7 @@
 
 from spos_fast.ops.batchnorm import bn_moments, bn_moments_reference
 from spos_fast.ops.dispatch import explain
-from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_backward_reference, shuffle_unit_reference
+from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_infer, xception_unit, xception_unit_infer
 
 __all__ = [
     "UnitOutput",
@@ -10,6 +10,7 @@ __all__ = [
     "bn_moments_reference",
     "explain",
     "shuffle_unit",
-    "shuffle_unit_backward_reference",
-    "shuffle_unit_reference",
+    "shuffle_unit_infer",
+    "xception_unit",
+    "xception_unit_infer",
 ]

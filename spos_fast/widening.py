@@ -17,8 +17,8 @@ class WideningSampler:
     (github.com/CanyonWind/Single-Path-One-Shot-NAS-MXNet) therefore trains the widest networks for 60 epochs and then
     lets in one smaller ratio an epoch; this is that schedule, in shares of the training.
 
-    The ranges of cost of ``sampler`` hold once all ratios are in. Before, paths are drawn uniformly from the ratios that
-    have joined, whatever they cost: the widest networks may all lie outside of the ranges.
+    The ranges of cost of ``sampler`` hold once all ratios are in. Before, paths are drawn uniformly from the ratios
+    that have joined, whatever they cost: the widest networks may all lie outside of the ranges.
 
     Args:
         sampler: what is drawn from in the end; its space must search widths.

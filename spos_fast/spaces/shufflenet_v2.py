@@ -133,7 +133,7 @@ class ShuffleNetV2(Space):
             head_channels=head_channels,
             dropout=dropout,
             init=init,
-            channels=tuple(map(float, channels)) if channels else None,
+            channels=_ratios(channels) if channels is not None and len(channels) else None,
             blocks=tuple(blocks) if blocks else None,
         )
         self._check_config()
@@ -141,7 +141,7 @@ class ShuffleNetV2(Space):
         self._blocks = tuple(self._make_blocks())
         self.ratios: tuple[float, ...] = self._config["channels"] or (1.0,)
         self._candidates = self._make_candidates()
-        self.kinds = ("block",) * (not blocks) + ("width",) * bool(channels)
+        self.kinds = ("block",) * (not self._config["blocks"]) + ("width",) * bool(self._config["channels"])
         names = {"block": CHOICES, "width": tuple(f"{ratio:g}x" for ratio in self.ratios)}
         self.choices = tuple(names[kind] for _ in self._blocks for kind in self.kinds)
         self.cost_tables = self._make_cost_tables()
@@ -303,7 +303,7 @@ class ShuffleNetV2(Space):
         before = 0.0
         for ratio in channels or ():
             if not before < ratio <= WIDEST:
-                raise InputError(f"channels: got {ratio!r} after {before:g}; expected ascending ratios up to {WIDEST:g}")
+                raise InputError(f"channels: got {ratio!r} after {before:g}; expected rising ratios up to {WIDEST:g}")
             before = ratio
         if channels and scaled_channels(narrowest, channels[0]) < 1:
             raise InputError(f"channels: {channels[0]:g} leaves none of the first stage's {narrowest} mid channels")
@@ -317,6 +317,13 @@ class ShuffleNetV2(Space):
         for choice in blocks:
             if not isinstance(choice, int) or not 0 <= choice < len(CHOICES):
                 raise InputError(f"blocks: got {choice!r}; expected 0 to {len(CHOICES) - 1} ({', '.join(CHOICES)})")
+
+
+def _ratios(channels: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, channels))
+    except (TypeError, ValueError):
+        raise InputError(f"channels: got {channels!r}; expected ratios such as 0.2, 0.4, 0.6") from None
 
 
 def _initialize_as_published(net: nn.Module) -> None:

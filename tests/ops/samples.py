@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.ops.block_samples import BLOCK_SAMPLES
 from tests.ops.unit_samples import UNIT_SAMPLES
 
 Arguments = tuple[Any, ...]
@@ -29,6 +30,7 @@ def _bn_moments() -> list[Arguments]:
 
 SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "bn_moments": _bn_moments,
+    **BLOCK_SAMPLES,
     **UNIT_SAMPLES,
 }
 

@@ -145,7 +145,7 @@ class UniformSampler:
     def _check_joint_range(self, counted: str | None, bounds: dict[str, tuple[float, float]]) -> None:
         """Fail at once if the other metrics cannot come into their range while the counted one is in its own."""
         assert self._lattice is not None
-        for name in self._rejected.keys() - {counted}:
+        for name in (metric for metric in self._rejected if metric != counted):
             low, high = bounds[name]
             least, most = self._lattice.range_of(self.space.cost_tables[name])
             if least > high or most < low:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,29 +33,36 @@ def scaled_channels(channels: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class _Block:
-    """Sizes of one choice block at ratio 1: ``input_size`` is the height and width that comes in."""
+    """Sizes of one choice block.
+
+    Attributes:
+        in_channels, out_channels, stride: as of the units.
+        mid_channels: at every ratio of the search.
+        input_size: height and width of what comes in.
+        candidates: which of :data:`CHOICES` it is chosen from.
+    """
 
     in_channels: int
     out_channels: int
-    mid_channels: int
+    mid_channels: tuple[int, ...]
     stride: int
     input_size: int
+    candidates: tuple[int, ...]
 
     @property
     def output_size(self) -> int:
         return -(-self.input_size // self.stride)
 
-    def module(self, choice: int, ratio: float, affine: bool) -> nn.Module:
-        mid = scaled_channels(self.mid_channels, ratio)
+    def module(self, choice: int, mid: int, affine: bool) -> nn.Module:
         if choice < len(KERNEL_SIZES):
             return ShuffleUnit(self.in_channels, self.out_channels, mid, KERNEL_SIZES[choice], self.stride, affine)
         return XceptionUnit(self.in_channels, self.out_channels, mid, self.stride, affine)
 
-    def convolutions(self, choice: int, ratio: float) -> list[tuple[int, int]]:
+    def convolutions(self, choice: int, mid: int) -> list[tuple[int, int]]:
         """(weights, output height) of every convolution; without bias, MACs are weights x output area."""
         splits = self.stride == 1 and self.in_channels == self.out_channels
         narrow = self.in_channels // 2 if splits else self.in_channels
-        mid, wide = scaled_channels(self.mid_channels, ratio), self.out_channels - narrow
+        wide = self.out_channels - narrow
         size, out = self.input_size, self.output_size
         if choice < len(KERNEL_SIZES):
             kernel = KERNEL_SIZES[choice] ** 2
@@ -138,9 +146,8 @@ class ShuffleNetV2(Space):
         )
         self._check_config()
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
-        self._blocks = tuple(self._make_blocks())
         self.ratios: tuple[float, ...] = self._config["channels"] or (1.0,)
-        self._candidates = self._make_candidates()
+        self._blocks = tuple(self._make_blocks())
         self.kinds = ("block",) * (not self._config["blocks"]) + ("width",) * bool(self._config["channels"])
         names = {"block": CHOICES, "width": tuple(f"{ratio:g}x" for ratio in self.ratios)}
         self.choices = tuple(names[kind] for _ in self._blocks for kind in self.kinds)
@@ -156,10 +163,9 @@ class ShuffleNetV2(Space):
     def supernet(self) -> Supernet:
         """A freshly initialised supernet, batch normalisation without scale and shift as published."""
         first_conv, conv_last, classifier = self._ends(affine=False)
-        widest = self.ratios[-1]
         features = [
-            [block.module(choice, widest, affine=False) for choice in candidates]
-            for block, candidates in zip(self._blocks, self._candidates, strict=True)
+            [block.module(choice, block.mid_channels[-1], affine=False) for choice in block.candidates]
+            for block in self._blocks
         ]
         net = Supernet(
             first_conv,
@@ -180,11 +186,11 @@ class ShuffleNetV2(Space):
         Raises:
             InputError: the architecture is not of this space.
         """
-        chosen = self._chosen(arch)
+        route = self._route(arch)
         first_conv, conv_last, classifier = self._ends(affine=True)
         features = [
-            block.module(candidates[choice], self.ratios[width], affine=True)
-            for block, candidates, (choice, width) in zip(self._blocks, self._candidates, chosen, strict=True)
+            block.module(block.candidates[choice], mid, affine=True)
+            for block, (choice, mid) in zip(self._blocks, route, strict=True)
         ]
         net = Network(first_conv, features, conv_last, classifier, self._config["dropout"])
         if self._config["init"] == "published":
@@ -201,19 +207,14 @@ class ShuffleNetV2(Space):
         usual = (width,) if "width" in self.kinds else ()
         return {f"all_{name}": self.everywhere(choice, *usual) for choice, name in enumerate(CHOICES)}
 
-    def _chosen(self, arch: Architecture) -> list[tuple[int, int]]:
-        """For every layer the index of its candidate block and of its ratio; what is not searched has index 0."""
-        genes = np.reshape(self.architecture(arch).genes, (len(self._blocks), len(self.kinds)))
-        of_kind = {kind: genes[:, position].tolist() for position, kind in enumerate(self.kinds)}
-        absent = [0] * len(self._blocks)
-        return list(zip(of_kind.get("block", absent), of_kind.get("width", absent), strict=True))
-
     def _route(self, arch: Architecture) -> list[tuple[int, int]]:
         """For every layer the index of its candidate block and its mid channels."""
-        return [
-            (choice, scaled_channels(block.mid_channels, self.ratios[width]))
-            for block, (choice, width) in zip(self._blocks, self._chosen(arch), strict=True)
-        ]
+        genes, of_kind = self.architecture(arch).genes, {}
+        for position, kind in enumerate(self.kinds):
+            of_kind[kind] = genes[position :: len(self.kinds)]
+        fixed = (0,) * len(self._blocks)  # what is not searched has one candidate
+        chosen = zip(self._blocks, of_kind.get("block", fixed), of_kind.get("width", fixed), strict=True)
+        return [(choice, block.mid_channels[width]) for block, choice, width in chosen]
 
     def _ends(self, affine: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         stem, head, last = self._config["stem_channels"], self._config["head_channels"], self._blocks[-1].out_channels
@@ -230,20 +231,17 @@ class ShuffleNetV2(Space):
     def _make_blocks(self) -> Iterator[_Block]:
         config = self._config
         channels, size = config["stem_channels"], -(-self.input_size // config["stem_stride"])
+        fixed: list[tuple[int, ...]] = [(choice,) for choice in config["blocks"] or ()]
+        candidates = itertools.cycle(fixed or [tuple(range(len(CHOICES)))])
         for width, repeats, first_stride in zip(
             config["stage_channels"], config["stage_repeats"], config["stage_strides"], strict=True
         ):
             for repeat in range(repeats):
-                block = _Block(channels, width, width // 2, first_stride if repeat == 0 else 1, size)
+                mids = tuple(scaled_channels(width // 2, ratio) for ratio in self.ratios)
+                stride = first_stride if repeat == 0 else 1
+                block = _Block(channels, width, mids, stride, size, next(candidates))
                 yield block
                 channels, size = width, block.output_size
-
-    def _make_candidates(self) -> tuple[tuple[int, ...], ...]:
-        """For every layer the choice blocks that its weights are stored for."""
-        fixed = self._config["blocks"]
-        if fixed is None:
-            return (tuple(range(len(CHOICES))),) * len(self._blocks)
-        return tuple((choice,) for choice in (fixed * len(self._blocks) if len(fixed) == 1 else fixed))
 
     def _make_cost_tables(self) -> dict[str, CostTable]:
         config, last = self._config, self._blocks[-1]
@@ -256,8 +254,9 @@ class ShuffleNetV2(Space):
 
         def table(measure: Any) -> CostTable:
             layers = []
-            for block, candidates in zip(self._blocks, self._candidates, strict=True):
-                costs = [measure(block.convolutions(choice, r)) for choice in candidates for r in self.ratios]
+            for block in self._blocks:
+                pairs = itertools.product(block.candidates, block.mid_channels)
+                costs = [measure(block.convolutions(choice, mid)) for choice, mid in pairs]
                 layers.append(np.array(costs, dtype=np.int64).reshape(shape))
             return CostTable(measure([stem, head, classifier]), tuple(layers))
 

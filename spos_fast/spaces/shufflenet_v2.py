@@ -248,9 +248,7 @@ class ShuffleNetV2(Space):
         stem = (9 * self.in_channels * config["stem_channels"], self._blocks[0].input_size)
         head = (last.out_channels * config["head_channels"], last.output_size)
         classifier = (config["head_channels"] * self.num_classes, 1)
-
-        sizes = dict(block=len(CHOICES), width=len(self.ratios))
-        shape = [sizes[kind] for kind in self.kinds]
+        shape = [len(names) for names in self.choices[: len(self.kinds)]]
 
         def table(measure: Any) -> CostTable:
             layers = []

@@ -34,6 +34,7 @@ def convolution(options: dict[str, Any]) -> SlicedConv2d:
     return SlicedConv2d(8 if "groups" in options else 6, 8, **options)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # nn.Conv2d's
 @pytest.mark.parametrize(("options", "narrow", "made"), CONVOLUTIONS, ids=str)
 def test_convolution(options: dict[str, Any], narrow: int, made: int) -> None:
     """In full it is nn.Conv2d with the same state dict; a slice is the plain layer that extract() gives."""

@@ -50,6 +50,9 @@ struct Passing {
     }
 };
 
+template <typename T>
+void pass_on(const Passing<T>& passing, int64_t pixels, int64_t channels, const ParallelFor& parallel_for);
+
 // Of each channel: mean, and sum of the squared deviations from it.
 struct Moments {
     std::vector<double> mean, m2;

@@ -111,9 +111,18 @@ void activate(const Input<T>& z, int64_t pixels, int64_t channels, T* out, int64
     });
 }
 
+template <typename T>
+void pass_on(const Passing<T>& passing, int64_t pixels, int64_t channels, const ParallelFor& parallel_for) {
+    const PixelTasks tasks(pixels, kMostTasks);
+    parallel_for(tasks.count, [&](int64_t begin, int64_t end) {
+        passing.copy(tasks.begin(begin), tasks.end(end - 1) - tasks.begin(begin), 0, channels);
+    });
+}
+
 #define SPOS_INSTANTIATE(T)                                                           \
     template Moments pointwise_forward(const Pointwise<T>&, const ParallelFor&);      \
-    template void activate(const Input<T>&, int64_t, int64_t, T*, int64_t, bool, const ParallelFor&);
+    template void activate(const Input<T>&, int64_t, int64_t, T*, int64_t, bool, const ParallelFor&); \
+    template void pass_on(const Passing<T>&, int64_t, int64_t, const ParallelFor&);
 SPOS_INSTANTIATE(float)
 SPOS_INSTANTIATE(double)
 SPOS_INSTANTIATE(Half)

@@ -42,7 +42,7 @@ int64_t Unit::saved_size() const {
     return sum;
 }
 
-Unit unit_of(const UnitShape& shape, const std::vector<const void*>& weights) {
+Unit unit_of(const UnitShape& shape, const std::vector<Weight>& weights) {
     struct Width {
         int64_t used, laid, stored;
     };
@@ -51,11 +51,11 @@ Unit unit_of(const UnitShape& shape, const std::vector<const void*>& weights) {
     const Width made{shape.made, shape.made, shape.made};
     size_t next = 0;
     auto depthwise = [&](const Width& width, int64_t stride) {
-        return Layer{true,   width.used,      width.used,   width.laid,   shape.kernel,
-                     stride, weights[next++], width.stored, shape.kernel * shape.kernel};
+        const auto& [data, kernel] = weights[next++];
+        return Layer{true, width.used, width.used, width.laid, kernel, stride, data, width.stored, kernel * kernel};
     };
     auto pointwise = [&](const Width& in, const Width& out) {
-        return Layer{false, in.used, out.used, out.laid, 1, 1, weights[next++], out.stored, in.stored};
+        return Layer{false, in.used, out.used, out.laid, 1, 1, weights[next++].data, out.stored, in.stored};
     };
     Unit unit{shape.dtype, shape.samples, shape.height, shape.width, shape.channels, nullptr, {}, {}, nullptr,
               nullptr,     1e-5};

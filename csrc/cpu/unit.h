@@ -49,8 +49,8 @@ struct Unit {
 enum class UnitKind { shuffle, xception };
 
 // Sizes of the units of the search space: shuffle is 1x1 to `mid`, depthwise, 1x1 to `made`; xception is three times
-// depthwise 3 x 3 and 1x1, to `mid`, `mid` and `made`. The first depthwise layer has the stride. A projection is a
-// depthwise layer (kernel and stride of the unit) and a 1x1 one that keep the channels.
+// depthwise and 1x1, to `mid`, `mid` and `made`. A projection is a depthwise layer and a 1x1 one that keep the channels.
+// The first depthwise layer of each chain has the stride.
 struct UnitShape {
     UnitKind kind;
     DType dtype;
@@ -59,11 +59,16 @@ struct UnitShape {
     int64_t mid;     // channels between the layers as results are laid out
     int64_t used;    // of these
     int64_t stored;  // of these channels the weights in memory have
-    int64_t made, kernel, stride;
+    int64_t made, stride;
+};
+
+struct Weight {
+    const void* data;
+    int64_t kernel;  // 1 of a 1x1 layer
 };
 
 // weights: of the main chain in order, then the projection's. Pointers to x, gamma and beta are left to the caller.
-Unit unit_of(const UnitShape& shape, const std::vector<const void*>& weights);
+Unit unit_of(const UnitShape& shape, const std::vector<Weight>& weights);
 
 struct UnitOutputs {
     void* out;    // [samples, out_height, out_width, out_channels]

@@ -26,22 +26,22 @@ SPOS_SIMD_WIDE void affine_relu_stream(const float* from, int64_t pitch, int64_t
     end_of_stream();
 }
 
+// 16 of every other value, of which the last is the 31st: nothing behind it is read.
+template <typename T>
+SPOS_SIMD_INLINE auto load_every_other(const T* from) {
+    return __builtin_shufflevector(load_pack(from), load_pack(from + kPack - 1), 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21,
+                                   23, 25, 27, 29, 31);
+}
+
 template <typename T>
 SPOS_SIMD_INLINE void even_rows(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {
     for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch) {
         int64_t c = 0;
         if constexpr (sizeof(T) >= sizeof(float))
             for (; c + kPack <= channels; c += kPack)
-                store_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+                store_pack(to + c, load_every_other(x + 2 * c));
         for (; c < channels; ++c) to[c] = x[2 * c];
     }
-}
-
-// 16 of every other value, of which the last is the 31st: nothing behind it is read.
-template <typename T>
-SPOS_SIMD_INLINE auto load_every_other(const T* from) {
-    return __builtin_shufflevector(load_pack(from), load_pack(from + kPack - 1), 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21,
-                                   23, 25, 27, 29, 31);
 }
 
 template <typename T, typename A>

@@ -102,6 +102,13 @@ Window window_of(const Tensor& x, const Tensor& weight, int64_t channels, int64_
     return {x.size(0), x.size(2), x.size(3), channels, weight.size(2), stride};
 }
 
+// An image of `channels` channels, zeros where some of them are absent.
+Tensor new_image(const Tensor& x, int64_t channels, int64_t used, int64_t height, int64_t width) {
+    const Tensor made = empty_channels_last(x, x.size(0), channels, height, width);
+    if (used < channels) std::memset(made.mutable_data_ptr(), 0, made.numel() * item_size(dtype_of(x, "x")));
+    return made;
+}
+
 using Statistics3 = std::tuple<Tensor, Tensor, Tensor>;
 
 // The first values, and zeros for absent channels behind them.
@@ -118,14 +125,15 @@ Statistics3 pw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
                            const MaybeTensor& width_out) {
     check_pointwise(x, weight, scale, shift, first, step, in, out);
     const Tensor image = channels_last(x), packed = torch::stable::contiguous(weight);
-    const Tensor z = empty_channels_last(image, x.size(0), out, x.size(2), x.size(3));
+    const int64_t used_out = used_channels(width_out, out);
+    const Tensor z = new_image(image, out, used_out, x.size(2), x.size(3));
     Tensor mean, m2;
     with_type(dtype_of(x, "x"), [&](auto type) {
         using T = decltype(type);
         using A = typename Compute<T>::type;
         const Loaded<T> loaded(image, scale, shift, relu, first, step, in);
         const Moments moments = pointwise_forward(
-            Pointwise<T>{loaded.input, pixels_of(x), used_channels(width_in, in), used_channels(width_out, out),
+            Pointwise<T>{loaded.input, pixels_of(x), used_channels(width_in, in), used_out,
                          static_cast<const T*>(packed.const_data_ptr()), weight.size(1),
                          static_cast<T*>(z.mutable_data_ptr()), out, {}},
             parallel_for);
@@ -139,7 +147,7 @@ Statistics3 dw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
     check_depthwise(x, weight, scale, shift, stride, channels);
     const Tensor image = channels_last(x), packed = torch::stable::contiguous(weight);
     const Window window = window_of(x, weight, used_channels(width, channels), stride);
-    const Tensor z = empty_channels_last(image, x.size(0), channels, window.out_height(), window.out_width());
+    const Tensor z = new_image(image, channels, window.channels, window.out_height(), window.out_width());
     Tensor mean, m2;
     with_type(dtype_of(x, "x"), [&](auto type) {
         using T = decltype(type);
@@ -235,14 +243,6 @@ void check_gradient(const Tensor& grad, const Tensor& z, const Tensor& norm, con
     if (centre) check_vector(*centre, "centre", in, statistics);
 }
 
-// An image for the gradient of `channels` channels; zeros where some of them are absent.
-Tensor gradient_image(const Tensor& x, int64_t channels, int64_t used) {
-    const Tensor made = empty_channels_last(x, x.size(0), channels, x.size(2), x.size(3));
-    if (used < channels)
-        std::memset(made.mutable_data_ptr(), 0, made.numel() * item_size(dtype_of(x, "x")));
-    return made;
-}
-
 Gradients pw_bnstats_backward_cpu(const Tensor& grad, const Tensor& z, const Tensor& norm, bool relu, const Tensor& x,
                                   const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
                                   const MaybeTensor& centre, bool in_relu, int64_t first, int64_t step, int64_t in,
@@ -253,7 +253,8 @@ Gradients pw_bnstats_backward_cpu(const Tensor& grad, const Tensor& z, const Ten
     const Tensor behind = readable(grad, pitch), image = channels_last(x), output = channels_last(z);
     const Tensor packed = torch::stable::contiguous(weight);
     const int64_t used_in = used_channels(width_in, in), used_out = used_channels(width_out, out);
-    const Tensor grad_x = gradient_image(image, in, used_in), grad_weight = torch::stable::new_empty(x, weight.sizes());
+    const Tensor grad_x = new_image(image, in, used_in, x.size(2), x.size(3));
+    const Tensor grad_weight = torch::stable::new_empty(x, weight.sizes());
     Tensor sum, product;
     with_type(dtype_of(x, "x"), [&](auto type) {
         using T = decltype(type);
@@ -290,7 +291,7 @@ Gradients dw_bnstats_backward_cpu(const Tensor& grad, const Tensor& z, const Ten
     const Tensor behind = readable(grad, pitch), image = channels_last(x), output = channels_last(z);
     const Tensor packed = torch::stable::contiguous(weight);
     const Window window = window_of(x, weight, used_channels(width, channels), stride);
-    const Tensor grad_x = gradient_image(image, channels, window.channels);
+    const Tensor grad_x = new_image(image, channels, window.channels, x.size(2), x.size(3));
     const Tensor grad_weight = torch::stable::new_empty(x, weight.sizes());
     Tensor sum, product;
     with_type(dtype_of(x, "x"), [&](auto type) {

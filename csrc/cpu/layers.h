@@ -159,8 +159,8 @@ struct PointwiseBackward {
     using A = typename Compute<T>::type;
     OutputGradient<T> output;
     Input<T> input;
-    const A* centre;     // [in] in whole packs
-    const A* at_centre;  // scale * centre + shift; scale None: the centre
+    const A* centre;     // [in] in whole packs; null only without scale or with ReLU
+    const A* at_centre;  // scale * centre + shift (the centre, without a scale); null: zeros
     bool sums;           // whether they are wanted
     int64_t pixels, in, out;
     const T* weight;

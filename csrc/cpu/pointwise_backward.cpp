@@ -1,6 +1,5 @@
-// gradient = dz weight, and weight's gradient = dz^T input, block by block. For an input that is normalised without a
-// ReLU the sums that its BN needs come nearly for free: they are columns of the weight times the sums of dz and the
-// weight's gradient.
+// gradient = dz weight, and weight's gradient = dz^T input, block by block. The sums that the BN in front needs are taken
+// while a block's gradient and input are in the cache.
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/matrix.h"
 #include "csrc/cpu/unit_passes.h"
@@ -17,7 +16,6 @@ class PointwiseGradients {
         : l_(layer),
           // Distances from the centre, which a large mean does not spoil as it would the normalised values.
           centred_(layer.centre && !layer.input.relu),
-          free_sums_(layer.sums && centred_),
           out_pitch_(whole_packs(layer.out)),
           in_pitch_(whole_packs(layer.in)),
           size_(layer.out * in_pitch_),
@@ -27,9 +25,9 @@ class PointwiseGradients {
           products_(scratch<A>(tasks_.count * size_)),
           zeros_(std::max({out_pitch_, in_pitch_, kPack * panel_packs()})),
           ones_(in_pitch_, A(1)),
-          dz_sums_(centred_ ? tasks_.count * layer.out : 0),
+          dz_sums_(centred_ && layer.at_centre ? tasks_.count * layer.out : 0),
           dz_squares_(dz_sums_.size()),
-          sums_(layer.sums && !centred_ ? tasks_.count * layer.in : 0),
+          sums_(layer.sums ? tasks_.count * layer.in : 0),
           sum_products_(sums_.size()) {}
 
     GradientSums run(const ParallelFor& parallel_for) {
@@ -55,8 +53,8 @@ class PointwiseGradients {
     void block(int64_t task, int64_t pixel, int64_t pixels, A* dz, A* input, A* buffer) {
         l_.output.load(pixel, pixels, 0, l_.out, dz, out_pitch_);
         load_input(pixel, pixels, input);
-        if (centred_)
-            gradient_sums(dz, out_pitch_, dz, out_pitch_, pixels, l_.out, plain(), dz_sums_.data() + task * l_.out,
+        if (!dz_sums_.empty())
+            gradient_sums(static_cast<const A*>(dz), out_pitch_, static_cast<const A*>(dz), out_pitch_, pixels, l_.out, plain(), dz_sums_.data() + task * l_.out,
                           dz_squares_.data() + task * l_.out);
         const bool in_place = l_.gradient.inner != nullptr;
         A* gradient = in_place ? l_.gradient.inner + pixel * l_.gradient.pitch : buffer;
@@ -71,6 +69,9 @@ class PointwiseGradients {
                                 first_block ? zeros_.data() : product + first, first_block ? 0 : in_pitch_,
                                 product + first, in_pitch_});
         }
+        if (centred_ && l_.sums)
+            gradient_sums(static_cast<const A*>(gradient), pitch, static_cast<const A*>(input), in_pitch_, pixels,
+                          l_.in, plain(), sums_.data() + task * l_.in, sum_products_.data() + task * l_.in);
         if (!centred_ && (l_.input.relu || l_.sums))
             for (int64_t c = 0; c < l_.in; c += kPack) {
                 const int64_t width = std::min(kPack, l_.in - c), at = task * l_.in + c;
@@ -107,34 +108,24 @@ class PointwiseGradients {
 
     GradientSums finish() {
         const int64_t places = tasks_.count;
-        add_places(dz_sums_, places, l_.out);
-        if (!sums_.empty()) add_places(sums_, places, l_.in), add_places(sum_products_, places, l_.in);
-        GradientSums result{std::move(sums_), std::move(sum_products_)};
-        if (free_sums_) result = {std::vector<double>(l_.in), std::vector<double>(l_.in)};
+        add_places(dz_sums_, places, l_.out), add_places(sums_, places, l_.in);
+        add_places(sum_products_, places, l_.in);
         // product[o][j] is the sum of dz[o] times what load_input() made.
         std::vector<A> row(in_pitch_);
         for (int64_t o = 0; o < l_.rows; ++o) {
             const int64_t used = o < l_.out ? l_.in : 0;
             const A* product = products_.get() + o * in_pitch_;
-            if (free_sums_ && used) {
-                const double dz_sum = dz_sums_[o];
-                for (int64_t j = 0; j < used; ++j) {
-                    const double weight = widen(l_.weight[o * l_.row + j]);
-                    result.product[j] += weight * product[j];
-                    result.sum[j] += weight * dz_sum;
-                }
-            }
             if (centred_ && used) {
-                const A dz_sum = static_cast<A>(dz_sums_[o]);
-                for (int64_t j = 0; j < used; ++j)
-                    row[j] = (l_.input.scale ? l_.input.scale[j] : A(1)) * product[j] + l_.at_centre[j] * dz_sum;
+                for (int64_t j = 0; j < used; ++j) row[j] = l_.input.scale ? l_.input.scale[j] * product[j] : product[j];
+                const A dz_sum = dz_sums_.empty() ? 0 : static_cast<A>(dz_sums_[o]);
+                for (int64_t j = 0; j < used && !dz_sums_.empty(); ++j) row[j] += l_.at_centre[j] * dz_sum;
                 product = row.data();
             }
             T* to = l_.weight_gradient + o * l_.row;
             store_rows(product, in_pitch_, 1, used, to, l_.row, false);
             std::memset(static_cast<void*>(to + used), 0, (l_.row - used) * sizeof(T));
         }
-        return result;
+        return {std::move(sums_), std::move(sum_products_)};
     }
 
     NormGradient<A> plain() const {
@@ -142,7 +133,7 @@ class PointwiseGradients {
     }
 
     const PointwiseBackward<T>& l_;
-    bool centred_, free_sums_;
+    bool centred_;
     int64_t out_pitch_, in_pitch_, size_;
     PixelTasks tasks_;
     Packed<A> packed_;

@@ -19,7 +19,7 @@ struct Norm {
           mean(whole_packs(channels)),
           offset(whole_packs(channels)),
           slope(whole_packs(channels)),
-          beta(whole_packs(channels)),
+          beta(beta_in ? whole_packs(channels) : 0),
           rstd(channels),
           relu(relu) {
         std::copy_n(mean_in, channels, mean.begin());
@@ -114,7 +114,7 @@ class Backward {
                 const Norm<A>& norm = steps[i - 1].norm;
                 input = {steps[i - 1].z, steps[i - 1].layer->laid_out, 1, norm.affine.scale.data(),
                          norm.affine.shift.data(), norm.relu};
-                centre = norm.mean.data(), at_centre = norm.beta.data();
+                centre = norm.mean.data(), at_centre = norm.beta.empty() ? nullptr : norm.beta.data();
                 const bool in_place = output.inner && (!layer.depthwise || works_in_place(window));
                 if (!in_place) now = 1 - now;
                 const int64_t size = steps[i - 1].pixels * pitch;

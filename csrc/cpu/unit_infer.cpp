@@ -54,54 +54,56 @@ class Inference {
         const int64_t bands = whole_ ? 1 : bands_of_image();
         const int64_t groups = divide_up(u_.samples, group_), height = u_.out_height();
         parallel_for_(groups * bands, [&](int64_t begin, int64_t end) {
-            Rows rows(*this);
-            Windows windows(*this);
+            Workspace space(*this, true);
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t band = task % bands;
-                run_band(task / bands * group_, {height * band / bands, height * (band + 1) / bands}, rows, windows);
+                run_band(task / bands * group_, {height * band / bands, height * (band + 1) / bands}, space);
             }
             if (stream_) finish_streams();
         });
     }
 
   private:
-    // What the stages of each branch read and make, as pixels by channels.
-    struct Rows {
-        std::vector<AlignedScratch<A>> inputs;                // of a branch; null where x itself is read
-        std::vector<std::vector<AlignedScratch<A>>> results;  // of its stages but the last
+    // What a thread works in: what each branch reads and its stages make, as pixels by channels, and the windows
+    // between the 1x1 and the depthwise convolution of each stage.
+    struct Workspace {
+        std::vector<A*> inputs;                // of a branch, if it does not read x itself
+        std::vector<std::vector<A*>> results;  // of its stages but the last
+        std::vector<std::vector<A*>> windows;
+        AlignedScratch<A> memory;
 
-        explicit Rows(const Inference& inference) {
+        Workspace(const Inference& inference, bool with_windows) {
+            Layout<A> layout;
+            lay_out(inference, with_windows, layout);
+            memory = aligned_scratch<A>(layout.size);
+            layout = {memory.get(), 0};
+            lay_out(inference, with_windows, layout);
+            for (size_t b = 0; b < windows.size(); ++b)
+                for (size_t i = 0; i < windows[b].size(); ++i)
+                    std::fill_n(windows[b][i], inference.windows_size(inference.branches_[b].stages[i]), A(0));
+        }
+
+        void lay_out(const Inference& inference, bool with_windows, Layout<A>& layout) {
+            inputs.clear(), results.clear(), windows.clear();
             for (const Branch& branch : inference.branches_) {
                 const Stage<A>& first = branch.stages.front();
-                inputs.push_back(inference.copies_input() ? aligned_scratch<A>(inference.group_ * first.rows *
-                                                                               first.width * inference.input_pitch())
-                                                          : nullptr);
+                const int64_t pixels = inference.group_ * first.rows * first.width;
+                inputs.push_back(layout.take(inference.copies_input() ? pixels * inference.input_pitch() : 0));
                 results.emplace_back();
                 for (const Stage<A>& stage : branch.stages)
-                    results.back().push_back(aligned_scratch<A>(
+                    results.back().push_back(layout.take(
                         stage.kernel ? stage.images * stage.out_rows * stage.out_width * stage.pitch() : 0));
+                if (!with_windows) continue;
+                windows.emplace_back();
+                for (const Stage<A>& stage : branch.stages)
+                    windows.back().push_back(layout.take(inference.windows_size(stage)));
             }
         }
     };
 
-    // What lies between the 1x1 and the depthwise convolution of each stage: all its packs where rows are kept for the
-    // next step, one panel's else.
-    struct Windows {
-        std::vector<std::vector<AlignedScratch<A>>> of;
-
-        explicit Windows(const Inference& inference) {
-            for (const Branch& branch : inference.branches_) {
-                of.emplace_back();
-                for (const Stage<A>& stage : branch.stages) of.back().push_back(inference.window(stage));
-            }
-        }
-    };
-
-    AlignedScratch<A> window(const Stage<A>& stage) const {
-        const int64_t size = stage.kernel ? (whole_ ? 1 : stage.panels()) * panel_packs() * stage.plane() : 0;
-        AlignedScratch<A> memory = aligned_scratch<A>(size);
-        std::fill_n(memory.get(), size, A(0));
-        return memory;
+    // Windows of all packs where rows are kept for the next step, of one panel's else.
+    int64_t windows_size(const Stage<A>& stage) const {
+        return stage.kernel ? (whole_ ? 1 : stage.panels()) * panel_packs() * stage.window_size() : 0;
     }
 
     bool copies_input() const { return u_.split || !std::is_same_v<T, A>; }
@@ -125,19 +127,22 @@ class Inference {
             int64_t panel;
         };
         std::vector<Task> tasks;
-        int64_t size = 0;
+        Layout<A> layout;
         for (Branch& branch : branches_) {
             auto stage = branch.stages.begin();
             for (const InferLayer& layer : *branch.layers) {
                 if (layer.kernel) continue;
                 if (!stage->pointwise) ++stage;
-                Packed<A>& weights = stage->weights;
-                weights.values.resize(weights.depth * weights.packs() * kPack);
-                size += weights.values.size();
-                for (int64_t panel = 0; panel < weights.panels(); ++panel) tasks.push_back({&*stage, &layer, panel});
+                layout.take(stage->weights.size());
+                for (int64_t panel = 0; panel < stage->panels(); ++panel) tasks.push_back({&*stage, &layer, panel});
                 ++stage;
             }
         }
+        packed_ = aligned_scratch<A>(layout.size);
+        layout = {packed_.get(), 0};
+        for (Branch& branch : branches_)
+            for (Stage<A>& stage : branch.stages)
+                if (stage.pointwise) stage.weights.values = layout.take(stage.weights.size());
         const A* scale = static_cast<const A*>(u_.scale);
         auto pack = [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
@@ -145,27 +150,28 @@ class Inference {
                                scale ? scale + tasks[i].layer->first : nullptr, tasks[i].panel,
                                tasks[i].stage->weights);
         };
-        if (size < kParallelPack)
+        if (layout.size < kParallelPack)
             pack(0, tasks.size());
         else
             parallel_for_(tasks.size(), pack);
     }
 
     // Output rows `band` of a group of images that begins with image `sample`, a few rows at a time.
-    void run_band(int64_t sample, RowRange band, Rows& rows, Windows& windows) {
+    void run_band(int64_t sample, RowRange band, Workspace& space) {
         std::vector<std::vector<RowRange>> steps(branches_.size());
         for (size_t b = 0; b < branches_.size(); ++b) steps[b] = before(branches_[b], band.begin);
         for (int64_t top = band.begin; top < band.end; top += rows_)
             for (size_t b = 0; b < branches_.size(); ++b) {
                 Branch& branch = branches_[b];
                 advance(branch, {top, std::min(band.end, top + rows_)}, steps[b]);
-                PixelRows<const A> input = read(sample, band, steps[b][0], rows.inputs[b].get());
+                PixelRows<const A> input = read(sample, band, steps[b][0], space.inputs[b]);
+                Ahead ahead = b + 1 < branches_.size() ? Ahead{} : following(branch, sample, steps[b]);
                 for (size_t i = 0; i < branch.stages.size(); ++i) {
                     const RowRange made =
                         i + 1 < branch.stages.size() ? steps[b][i + 1] : RowRange{top, std::min(band.end, top + rows_)};
                     run_stage(branch, branch.stages[i], sample, steps[b][i], made, input, 0, branch.stages[i].panels(),
-                              windows.of[b][i].get(), rows.results[b][i].get());
-                    input = {rows.results[b][i].get(), branch.stages[i].pitch()};
+                              space.windows[b][i], space.results[b][i], ahead);
+                    input = {space.results[b][i], branch.stages[i].pitch()};
                 }
             }
     }
@@ -173,30 +179,33 @@ class Inference {
     // Fewer small images than threads may be there: the panels of each stage are the tasks.
     void run_by_panels() {
         const int64_t height = u_.out_height();
-        std::vector<Rows> rows;
-        for (int64_t sample = 0; sample < u_.samples; ++sample) rows.emplace_back(*this);
+        std::vector<Workspace> spaces;
+        for (int64_t sample = 0; sample < u_.samples; ++sample) spaces.emplace_back(*this, false);
         for (size_t b = 0; b < branches_.size(); ++b) {
             Branch& branch = branches_[b];
             std::vector<RowRange> steps = before(branch, 0);
             advance(branch, {0, height}, steps);
             std::vector<PixelRows<const A>> inputs;
             for (int64_t sample = 0; sample < u_.samples; ++sample)
-                inputs.push_back(read(sample, {0, height}, steps[0], rows[sample].inputs[b].get()));
+                inputs.push_back(read(sample, {0, height}, steps[0], spaces[sample].inputs[b]));
             for (size_t i = 0; i < branch.stages.size(); ++i) {
                 const Stage<A>& stage = branch.stages[i];
                 const RowRange made = i + 1 < branch.stages.size() ? steps[i + 1] : RowRange{0, height};
                 const int64_t panels = stage.panels();
                 parallel_for_(u_.samples * panels, [&](int64_t begin, int64_t end) {
-                    const AlignedScratch<A> memory = window(stage);
+                    const int64_t size = windows_size(stage);
+                    const AlignedScratch<A> window = aligned_scratch<A>(size);
+                    std::fill_n(window.get(), size, A(0));
+                    Ahead nothing{};
                     for (int64_t task = begin; task < end; ++task) {
                         const int64_t sample = task / panels, panel = task % panels;
-                        run_stage(branch, stage, sample, steps[i], made, inputs[sample], panel, panel + 1, memory.get(),
-                                  rows[sample].results[b][i].get());
+                        run_stage(branch, stage, sample, steps[i], made, inputs[sample], panel, panel + 1, window.get(),
+                                  spaces[sample].results[b][i], nothing);
                     }
                     if (stream_) finish_streams();
                 });
                 for (int64_t sample = 0; sample < u_.samples; ++sample)
-                    inputs[sample] = {rows[sample].results[b][i].get(), stage.pitch()};
+                    inputs[sample] = {spaces[sample].results[b][i], stage.pitch()};
             }
         }
     }
@@ -218,6 +227,22 @@ class Inference {
             const int64_t begin = std::max(steps[i].end, needed.begin);
             out = steps[i] = {begin, std::max(begin, needed.end)};
         }
+    }
+
+    // What the next step, or the next task, reads of x, in shares for the tiles of this one.
+    Ahead following(const Branch& branch, int64_t sample, const std::vector<RowRange>& steps) const {
+        constexpr int64_t kTile = 14;
+        const int64_t images = std::min(group_, u_.samples - sample), row = u_.width * u_.channels;
+        int64_t tiles = 1;
+        for (size_t i = 0; i < steps.size(); ++i) {
+            const Stage<A>& stage = branch.stages[i];
+            if (stage.pointwise) tiles += stage.panels() * divide_up(images * steps[i].size() * stage.width, kTile);
+        }
+        const T* end = x_ + u_.samples * u_.height * row;
+        const T* from = x_ + (sample * u_.height + steps[0].begin + images * steps[0].size()) * row;
+        const T* to = std::min(end, from + images * std::min(u_.height, rows_ * u_.stride) * row);
+        const int64_t bytes = (to - from) * sizeof(T);
+        return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(to), divide_up(bytes, tiles)};
     }
 
     // Rows of x as a branch reads them. Of a unit that splits, those of the band also pass.
@@ -258,7 +283,7 @@ class Inference {
 
     // Panels `begin` to `end` of a stage: rows `in` before its depthwise convolution, which makes rows `out`.
     void run_stage(const Branch& branch, const Stage<A>& stage, int64_t sample, RowRange in, RowRange out,
-                   PixelRows<const A> input, int64_t begin, int64_t end, A* windows, A* results) const {
+                   PixelRows<const A> input, int64_t begin, int64_t end, A* windows, A* results, Ahead& ahead) const {
         const int64_t images = std::min(group_, u_.samples - sample), pixels = images * in.size() * stage.width;
         const ToImage<T> made = image(sample, out.begin, branch.first, stage.channels);
         for (int64_t panel = begin; panel < end; ++panel) {
@@ -270,13 +295,14 @@ class Inference {
                                             stage.weights.depth,
                                             stage.pointwise ? stage.weights.panel(panel) : nullptr,
                                             packs,
-                                            stage.pointwise_shift.data() + channel};
+                                            stage.pointwise_shift.data() + channel,
+                                            &ahead};
             if (!stage.kernel) {
                 pointwise_relu(product, ToImage<T>{made.start + channel, made.pitch, width, made.stream});
                 continue;
             }
-            A* window = windows + (whole_ ? 0 : pack * stage.plane());
-            const ToWindow<A> to{window, stage.plane(),
+            A* window = windows + (whole_ ? 0 : pack * stage.window_size());
+            const ToWindow<A> to{window, stage.window_size(),
                                  stage.places.data() + in.begin % stage.window.slots * stage.width};
             if (stage.pointwise)
                 pointwise_relu(product, to);
@@ -285,8 +311,9 @@ class Inference {
             for (int64_t image = 0; image < images; ++image)
                 for (int64_t i = 0; i < packs; ++i)
                     depthwise_rows(DepthwiseRows<A>{
-                        window + i * stage.plane() + image * stage.window.slots * stage.window.length, stage.window,
-                        stage.height, stage.taps.data() + (pack + i) * stage.kernel * stage.kernel * kPack,
+                        window + i * stage.window_size() + image * stage.window.slots * stage.window.length,
+                        stage.window, stage.height,
+                        stage.taps.data() + (pack + i) * stage.kernel * stage.kernel * kPack,
                         stage.depthwise_shift.data() + (pack + i) * kPack, stage.kernel, stage.stride, out.begin,
                         out.end, stage.out_width,
                         PixelRows<A>{
@@ -305,6 +332,7 @@ class Inference {
     int64_t rows_;       // of the output at a time
     int64_t group_ = 1;  // images at a time
     std::vector<Branch> branches_;
+    AlignedScratch<A> packed_;  // weights
 };
 
 }  // namespace

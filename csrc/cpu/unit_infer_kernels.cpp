@@ -42,6 +42,15 @@ SPOS_SIMD_INLINE void put(const ToStream& to, int64_t pixel, int64_t pack, const
 #endif
 }
 
+// Asks for the lines of an image that a tile will write: it would wait for each of them. What goes past the caches, or
+// into a window that lies in them, needs none.
+template <typename T>
+SPOS_SIMD_INLINE void expect(const ToImage<T>& to, int64_t pixel, int64_t pack) {
+    __builtin_prefetch(to.start + pixel * to.pitch + pack * kPack, 1);
+}
+template <typename To>
+SPOS_SIMD_INLINE void expect(const To&, int64_t, int64_t) {}
+
 // R pixels by N packs in registers, from pack `first` on. Pixels are reached from every third one's pointer: one
 // pointer a pixel would not fit in the general registers, and base + pitch and base + 2 pitch cost nothing.
 template <int R, int N, typename A, typename To>
@@ -56,6 +65,14 @@ SPOS_SIMD_INLINE void tile(const PointwisePanel<A>& p, int64_t pixel, int64_t fi
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) sum[i][j] = load_pack(p.shift + (first + j) * kPack);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) expect(to, pixel + i, first + j);
+    constexpr int64_t kLine = 64;
+    const char* end = std::min(p.ahead->end, p.ahead->next + p.ahead->share);
+    for (; p.ahead->next < end; p.ahead->next += kLine) __builtin_prefetch(p.ahead->next, 0, 2);
+
     const A* b = p.b + first * kPack;
     for (int64_t k = 0; k < p.depth; ++k) {
         Pack row[N];

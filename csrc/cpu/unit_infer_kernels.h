@@ -39,6 +39,13 @@ struct ToImage {
     bool stream;
 };
 
+// Memory that will be read soon: products ask for a share of it with each of their tiles, so that it comes into the
+// second-level cache while they compute.
+struct Ahead {
+    const char *next, *end;
+    int64_t share;  // bytes a tile
+};
+
 // relu(shift + a B) of one panel of B, [depth][packs * kPack], for `pixels` rows of a. The order of the sum is that of
 // the depth, whatever the machine.
 template <typename A>
@@ -48,6 +55,7 @@ struct PointwisePanel {
     const A* b;
     int64_t packs;
     const A* shift;  // [packs * kPack]
+    Ahead* ahead;
 };
 
 template <typename A>
@@ -58,9 +66,20 @@ void pointwise_relu(const PointwisePanel<A>& panel, const ToImage<T>& to);
 // After the last of what goes past the caches, before another thread may read it.
 void finish_streams();
 
+// Weights of a 1x1 convolution in panels of panel_packs() packs (the last may be narrower), zeros behind the last
+// column.
+template <typename A>
+struct Panels {
+    A* values = nullptr;
+    int64_t depth = 0, columns = 0;
+
+    int64_t size() const { return (columns + kPack - 1) / kPack * kPack * depth; }
+    A* panel(int64_t index) const { return values + index * panel_packs() * kPack * depth; }
+};
+
 // Panel `index` of B, of which B[k][j] = scale[j] * weights[j * pitch + k]; scale null: ones.
 template <typename A, typename T>
-void pack_pointwise(const T* weights, int64_t pitch, const A* scale, int64_t index, Packed<A>& to);
+void pack_pointwise(const T* weights, int64_t pitch, const A* scale, int64_t index, const Panels<A>& to);
 
 // shift + depthwise convolution of one pack of channels, output rows `begin` to `end`.
 template <typename A>

@@ -32,10 +32,12 @@ SPOS_SIMD_INLINE void transpose_in_memory(Square<Pack>& square) {
 }
 
 template <bool kWide, typename A, typename T>
-SPOS_SIMD_INLINE void pack_panel(const T* weights, int64_t pitch, const A* scale, int64_t index, Packed<A>& packed) {
+SPOS_SIMD_INLINE void pack_panel(const T* weights, int64_t pitch, const A* scale, int64_t index,
+                                 const Panels<A>& packed) {
     using Pack = decltype(load_pack(scale));
-    const int64_t width = packed.packs_of(index) * kPack, first = index * panel_packs() * kPack;
-    A* panel = packed.values.data() + first * packed.depth;
+    const int64_t first = index * panel_packs() * kPack;
+    const int64_t width = std::min(panel_packs(), (packed.columns - first + kPack - 1) / kPack) * kPack;
+    A* panel = packed.panel(index);
     for (int64_t at = 0; at < width; at += kPack, panel += kPack) {
         const int64_t column = first + at, columns = std::min(kPack, packed.columns - column);
         Pack factor = Pack{} + A(1);
@@ -57,13 +59,14 @@ SPOS_SIMD_INLINE void pack_panel(const T* weights, int64_t pitch, const A* scale
 }
 
 // Clones cannot be templates: one named function for each type.
-#define SPOS_PACK(T, A)                                                                                           \
-    SPOS_SIMD_CLONES void narrow(const T* weights, int64_t pitch, const A* scale, int64_t index, Packed<A>& to) { \
-        pack_panel<false>(weights, pitch, scale, index, to);                                                      \
+#define SPOS_PACK(T, A)                                                                          \
+    SPOS_SIMD_CLONES void narrow(const T* weights, int64_t pitch, const A* scale, int64_t index, \
+                                 const Panels<A>& to) {                                          \
+        pack_panel<false>(weights, pitch, scale, index, to);                                     \
     }
-#define SPOS_PACK_WIDE(T, A)                                                                                  \
-    SPOS_SIMD_WIDE void wide(const T* weights, int64_t pitch, const A* scale, int64_t index, Packed<A>& to) { \
-        pack_panel<true>(weights, pitch, scale, index, to);                                                   \
+#define SPOS_PACK_WIDE(T, A)                                                                                        \
+    SPOS_SIMD_WIDE void wide(const T* weights, int64_t pitch, const A* scale, int64_t index, const Panels<A>& to) { \
+        pack_panel<true>(weights, pitch, scale, index, to);                                                         \
     }
 SPOS_PACK(float, float)
 SPOS_PACK(double, double)
@@ -78,15 +81,15 @@ SPOS_PACK_WIDE(BFloat16, float)
 }  // namespace
 
 template <typename A, typename T>
-void pack_pointwise(const T* weights, int64_t pitch, const A* scale, int64_t index, Packed<A>& to) {
+void pack_pointwise(const T* weights, int64_t pitch, const A* scale, int64_t index, const Panels<A>& to) {
     if constexpr (std::is_same_v<A, float>)
         if (machine_is_wide()) return wide(weights, pitch, scale, index, to);
     narrow(weights, pitch, scale, index, to);
 }
 
-template void pack_pointwise(const float*, int64_t, const float*, int64_t, Packed<float>&);
-template void pack_pointwise(const double*, int64_t, const double*, int64_t, Packed<double>&);
-template void pack_pointwise(const Half*, int64_t, const float*, int64_t, Packed<float>&);
-template void pack_pointwise(const BFloat16*, int64_t, const float*, int64_t, Packed<float>&);
+template void pack_pointwise(const float*, int64_t, const float*, int64_t, const Panels<float>&);
+template void pack_pointwise(const double*, int64_t, const double*, int64_t, const Panels<double>&);
+template void pack_pointwise(const Half*, int64_t, const float*, int64_t, const Panels<float>&);
+template void pack_pointwise(const BFloat16*, int64_t, const float*, int64_t, const Panels<float>&);
 
 }  // namespace spos::cpu

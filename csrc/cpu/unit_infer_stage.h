@@ -26,6 +26,20 @@ AlignedScratch<A> aligned_scratch(int64_t size) {
     return AlignedScratch<A>(static_cast<A*>(::operator new(size * sizeof(A), std::align_val_t(64))));
 }
 
+// Parts of one piece of memory: laid out once to learn its size, and again when it is there. One piece, because the
+// system gives many large ones back, and fresh ones page by page, at every call.
+template <typename A>
+struct Layout {
+    A* start = nullptr;
+    int64_t size = 0;
+
+    A* take(int64_t count) {
+        const int64_t place = size;
+        size += whole_packs(count);
+        return start ? start + place : nullptr;
+    }
+};
+
 struct RowRange {
     int64_t begin, end;
 
@@ -35,7 +49,7 @@ struct RowRange {
 template <typename A>
 struct Stage {
     bool pointwise = false;
-    Packed<A> weights;
+    Panels<A> weights;
     std::vector<A> pointwise_shift;
     int64_t channels = 0;  // behind the 1x1 convolution, and behind the depthwise one
     int64_t kernel = 0;    // 0: no depthwise convolution
@@ -50,8 +64,10 @@ struct Stage {
     std::vector<int64_t> places;  // of the pixels of all slots in a window, twice round
 
     int64_t pitch() const { return whole_packs(channels); }  // of what the stage makes
+    int64_t window_size() const {                            // of one pack
+        return images * window.slots * window.length + (kernel / 2 + kWindowSlack) * kPack;
+    }
     int64_t panels() const { return divide_up(divide_up(channels, kPack), panel_packs()); }
-    int64_t plane() const { return images * window.slots * window.length + (kernel / 2 + kWindowSlack) * kPack; }
 
     // Input rows of the depthwise convolution under these output rows; under the last one all that are left.
     RowRange reach(RowRange out) const {

@@ -19,12 +19,7 @@ SPOS_SIMD_INLINE void put(const ToWindow<A>& to, int64_t pixel, int64_t pack, co
 
 template <typename T, typename Pack>
 SPOS_SIMD_INLINE void put(const ToImage<T>& to, int64_t pixel, int64_t pack, const Pack& value) {
-    T* place = to.start + pixel * to.pitch + pack * kPack;
-    const int64_t left = to.channels - pack * kPack;
-    if (left >= kPack)
-        store_pack(place, value);
-    else
-        store_partial(place, value, left);
+    store_pack(to.start + pixel * to.pitch + pack * kPack, value);
 }
 
 // An image that takes whole packs past the caches; only for code under SPOS_SIMD_WIDE. In assembly, because a template
@@ -41,6 +36,26 @@ SPOS_SIMD_INLINE void put(const ToStream& to, int64_t pixel, int64_t pack, const
     store_pack(place, value);
 #endif
 }
+
+// Whether `packs` packs from `first` on are whole ones.
+template <typename T>
+SPOS_SIMD_INLINE bool are_whole(const ToImage<T>& to, int64_t first, int64_t packs) {
+    return to.channels >= (first + packs) * kPack;
+}
+template <typename To>
+SPOS_SIMD_INLINE bool are_whole(const To&, int64_t, int64_t) {
+    return true;
+}
+template <typename T, typename Pack>
+SPOS_SIMD_INLINE void put_partial(const ToImage<T>& to, int64_t pixel, int64_t pack, const Pack& value) {
+    const int64_t left = to.channels - pack * kPack;
+    if (left >= kPack)
+        put(to, pixel, pack, value);
+    else
+        store_partial(to.start + pixel * to.pitch + pack * kPack, value, left);
+}
+template <typename To, typename Pack>
+SPOS_SIMD_INLINE void put_partial(const To&, int64_t, int64_t, const Pack&) {}
 
 // Asks for the lines of an image that a tile will write: it would wait for each of them. What goes past the caches, or
 // into a window that lies in them, needs none.
@@ -88,10 +103,20 @@ SPOS_SIMD_INLINE void tile(const PointwisePanel<A>& p, int64_t pixel, int64_t fi
 #pragma GCC unroll 8
         for (int g = 0; g < kGroups; ++g) ++base[g];
     }
+    if (are_whole(to, first, N)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
+        for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) put(to, pixel + i, first + j, relu(sum[i][j]));
+            for (int j = 0; j < N; ++j) put(to, pixel + i, first + j, relu(sum[i][j]));
+    } else {
+        Pack all[R][N];  // a copy in memory: the sums themselves stay in registers
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) all[i][j] = relu(sum[i][j]);
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < N; ++j) put_partial(to, pixel + i, first + j, all[i][j]);
+    }
 }
 
 template <int R, int N, typename A, typename To>

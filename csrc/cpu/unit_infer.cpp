@@ -232,20 +232,22 @@ class Inference {
         }
     }
 
-    // What the next step, or the next task, reads of x, in shares for the tiles of this one.
+    // What the next step, or the next task, reads of x, in shares for the products of this one.
     Ahead following(const Branch& branch, int64_t sample, const std::vector<RowRange>& steps) const {
         constexpr int64_t kTile = 14;
         const int64_t images = std::min(group_, u_.samples - sample), row = u_.width * u_.channels;
-        int64_t tiles = 1;
+        int64_t shares = 1;
         for (size_t i = 0; i < steps.size(); ++i) {
             const Stage<A>& stage = branch.stages[i];
-            if (stage.pointwise) tiles += stage.panels() * divide_up(images * steps[i].size() * stage.width, kTile);
+            if (stage.pointwise)
+                shares += stage.panels() * divide_up(images * steps[i].size() * stage.width, kTile) *
+                          divide_up(stage.weights.depth, kStepsAShare);
         }
         const T* end = x_ + u_.samples * u_.height * row;
         const T* from = x_ + (sample * u_.height + steps[0].begin + images * steps[0].size()) * row;
         const T* to = std::min(end, from + images * std::min(u_.height, rows_ * u_.stride) * row);
         const int64_t bytes = (to - from) * sizeof(T);
-        return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(to), divide_up(bytes, tiles)};
+        return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(to), divide_up(bytes, shares)};
     }
 
     // Rows of x as a branch reads them. Of a unit that splits, those of the band also pass.

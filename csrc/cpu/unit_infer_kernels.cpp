@@ -66,6 +66,8 @@ SPOS_SIMD_INLINE void expect(const ToImage<T>& to, int64_t pixel, int64_t pack) 
 template <typename To>
 SPOS_SIMD_INLINE void expect(const To&, int64_t, int64_t) {}
 
+constexpr int64_t kLine = 64;
+
 // R pixels by N packs in registers, from pack `first` on. Pixels are reached from every third one's pointer: one
 // pointer a pixel would not fit in the general registers, and base + pitch and base + 2 pitch cost nothing.
 template <int R, int N, typename A, typename To>
@@ -84,25 +86,27 @@ SPOS_SIMD_INLINE void tile(const PointwisePanel<A>& p, int64_t pixel, int64_t fi
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) expect(to, pixel + i, first + j);
-    constexpr int64_t kLine = 64;
-    const char* end = std::min(p.ahead->end, p.ahead->next + p.ahead->share);
-    for (; p.ahead->next < end; p.ahead->next += kLine) __builtin_prefetch(p.ahead->next, 0, 2);
-
     const A* b = p.b + first * kPack;
-    for (int64_t k = 0; k < p.depth; ++k) {
-        Pack row[N];
+    const char* next = p.ahead->next;
+    for (int64_t left = p.depth; left > 0; left -= kStepsAShare) {
+        const char* end = std::min(p.ahead->end, next + p.ahead->share);
+        for (; next < end; next += kLine) __builtin_prefetch(next, 0, 2);
+        for (int64_t k = std::min(left, kStepsAShare); k > 0; --k) {
+            Pack row[N];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) row[j] = load_pack(b + j * kPack);
+            for (int j = 0; j < N; ++j) row[j] = load_pack(b + j * kPack);
 #pragma GCC unroll 16
-        for (int i = 0; i < R; ++i) {
-            const A value = base[i / 3][(i % 3) * p.a.pitch];
+            for (int i = 0; i < R; ++i) {
+                const A value = base[i / 3][(i % 3) * p.a.pitch];
 #pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) sum[i][j] += value * row[j];
-        }
-        b += p.packs * kPack;
+                for (int j = 0; j < N; ++j) sum[i][j] += value * row[j];
+            }
+            b += p.packs * kPack;
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g) ++base[g];
+            for (int g = 0; g < kGroups; ++g) ++base[g];
+        }
     }
+    p.ahead->next = next;
     if (are_whole(to, first, N)) {
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i)

@@ -39,12 +39,13 @@ struct ToImage {
     bool stream;
 };
 
-// Memory that will be read soon: products ask for a share of it with each of their tiles, so that it comes into the
+// Memory that will be read soon: products ask for a share of it every few steps of their sums, so that it comes into the
 // second-level cache while they compute.
 struct Ahead {
     const char *next, *end;
-    int64_t share;  // bytes a tile
+    int64_t share;  // bytes
 };
+constexpr int64_t kStepsAShare = 8;
 
 // relu(shift + a B) of one panel of B, [depth][packs * kPack], for `pixels` rows of a. The order of the sum is that of
 // the depth, whatever the machine.

@@ -6,12 +6,13 @@ Parameter names are those of the published code (``branch_main.<i>``, ``branch_p
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
+from spos_fast import ops
 from spos_fast.errors import InputError
 from spos_fast.nn import fused
 
@@ -107,13 +108,10 @@ def _run_slice(branch: nn.Sequential, x: Tensor, mid: int) -> Tensor:
     last = max(position for position, layer in enumerate(branch) if isinstance(layer, nn.Conv2d))
     for position, layer in enumerate(branch):
         if isinstance(layer, nn.Conv2d):
-            depthwise = layer.groups > 1
-            # What comes in is already cut. Only the last convolution, and the depthwise one that an Xception branch
-            # begins with, have as many output channels as are stored.
-            rows = layer.out_channels if position == last else x.shape[1] if depthwise else mid
-            weight = layer.weight[:rows, : 1 if depthwise else x.shape[1]]
-            groups = rows if depthwise else 1
-            x = functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
+            # A depthwise convolution makes as many channels as come in, the last one as many as it has.
+            made = None if layer.groups > 1 or position == last else mid
+            padding = cast("tuple[int, int]", layer.padding)
+            x = ops.sliced_conv2d(x, layer.weight, None, layer.stride, padding, groups=layer.groups, out_channels=made)
         elif isinstance(layer, nn.BatchNorm2d):
             # The layer itself runs, so that its momentum, its counter and its hooks are honoured.
             tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))

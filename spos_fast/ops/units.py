@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spos_fast.errors import InputError
 from spos_fast.ops import unit_reference
-from spos_fast.ops.channels import channels_last, statistics_dtype
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.layout import channels_last
 from spos_fast.ops.unit_layers import (
     NAMES,
     Chain,
@@ -26,6 +26,7 @@ from spos_fast.ops.unit_layers import (
     check_vector,
     make_unit,
     shuffle_chain,
+    statistics_dtype,
     xception_chain,
 )
 
@@ -192,6 +193,9 @@ def _train(
 ) -> UnitOutput:
     x, mid, width = _prepared(name, x, weights, mid)
     beside = projection or (None, None)
+    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
+    check_vector("gamma", gamma, unit)
+    check_vector("beta", beta, unit)
     differentiated = (x, *weights, *beside, gamma, beta)
     save = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in differentiated)
     out, _, mean, var = _OPS[name](x, *weights, *beside, gamma, beta, mid, width, stride, eps, save)
@@ -209,7 +213,11 @@ def _infer(
     stride: int,
 ) -> Tensor:
     x, mid, width = _prepared(name, x, weights, mid)
-    out: Tensor = _OPS[name](x, *weights, *(projection or (None, None)), scale, shift, mid, width, stride)
+    beside = projection or (None, None)
+    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
+    check_vector("scale", scale, unit)
+    check_vector("shift", shift, unit)
+    out: Tensor = _OPS[name](x, *weights, *beside, scale, shift, mid, width, stride)
     return out
 
 
@@ -229,7 +237,7 @@ def _prepared(name: str, x: Tensor, weights: Sequence[Tensor], mid: Slice) -> tu
         mid, width = None, mid
     elif mid is not None and (not isinstance(mid, (int, torch.SymInt)) or isinstance(mid, bool)):
         raise TypeError(f"mid must be an int or an int32 tensor, got {type(mid).__name__}")
-    return channels_last(x, "x", name), stored if mid is None else mid, width
+    return channels_last(x, name), stored if mid is None else mid, width
 
 
 _CHAINS: dict[str, Chain] = {

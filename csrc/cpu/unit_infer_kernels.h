@@ -39,8 +39,8 @@ struct ToImage {
     bool stream;
 };
 
-// Memory that will be read soon: products ask for a share of it every few steps of their sums, so that it comes into the
-// second-level cache while they compute.
+// Memory that will be read soon: products ask for a share of it every few steps of their sums, so that it comes into
+// the second-level cache while they compute.
 struct Ahead {
     const char *next, *end;
     int64_t share;  // bytes

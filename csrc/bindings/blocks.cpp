@@ -1,7 +1,8 @@
 // The building blocks of the fused units: one layer at a time.
+#include <cstring>
 #include <tuple>
 
-#include "csrc/bindings/tensors.h"
+#include "csrc/bindings/cpu_memory.h"
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/unit_passes.h"
 
@@ -104,7 +105,7 @@ Window window_of(const Tensor& x, const Tensor& weight, int64_t channels, int64_
 
 // An image of `channels` channels, zeros where some of them are absent.
 Tensor new_image(const Tensor& x, int64_t channels, int64_t used, int64_t height, int64_t width) {
-    const Tensor made = empty_channels_last(x, x.size(0), channels, height, width);
+    const Tensor made = kept_image(x, x.size(0), channels, height, width);
     if (used < channels) std::memset(made.mutable_data_ptr(), 0, made.numel() * item_size(dtype_of(x, "x")));
     return made;
 }
@@ -189,7 +190,7 @@ Tensor bn_act_cat_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
                 check_vector(value, "other_scale and other_shift", front, statistics_type(dtype));
     }
     const Tensor image = channels_last(z), beside = other ? channels_last(*other) : image;
-    const Tensor out = empty_channels_last(image, z.size(0), front + channels, z.size(2), z.size(3));
+    const Tensor out = kept_image(image, z.size(0), front + channels, z.size(2), z.size(3));
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         T* to = static_cast<T*>(out.mutable_data_ptr());

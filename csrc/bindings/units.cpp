@@ -1,10 +1,11 @@
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <utility>
 
-#include "csrc/bindings/tensors.h"
+#include "csrc/bindings/cpu_memory.h"
 #include "csrc/cpu/unit.h"
 
 namespace spos::bindings {
@@ -19,6 +20,7 @@ struct UnitArguments {
     std::vector<Tensor> weights;
     MaybeTensor gamma, beta;
     Unit unit;
+    bool narrowed;  // to fewer channels than results are laid out for
 };
 
 void check_weight(const Tensor& weight, const Tensor& x, const char* name, int64_t rows, int64_t columns,
@@ -76,7 +78,7 @@ UnitArguments unit_arguments(UnitKind kind, const Tensor& x, std::vector<Tensor>
     }
     STD_TORCH_CHECK(mid >= 1 && mid <= stored, "mid must be from 1 to ", stored, ", got ", mid);
 
-    UnitArguments given{channels_last(x), {}, {}, {}, {}};
+    UnitArguments given{channels_last(x), {}, {}, {}, {}, used_channels(width, mid) < mid};
     std::vector<Weight> data;
     for (const Tensor& weight : weights) {
         given.weights.push_back(torch::stable::contiguous(weight));
@@ -100,8 +102,11 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Outputs forward(const UnitArguments& given, bool save) {
     const Unit& unit = given.unit;
     const Tensor out =
-        empty_channels_last(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
-    const Tensor saved = torch::stable::new_empty(given.x, {save ? unit.saved_size() : 0});
+        kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
+    const Tensor saved = kept_values(given.x, save ? unit.saved_size() : 0);
+    // Nobody reads absent channels, but equal calls should return equal bits.
+    if (save && given.narrowed)
+        std::memset(saved.mutable_data_ptr(), 0, unit.saved_size() * item_size(unit.dtype));
     const Tensor mean = torch::stable::new_empty(given.x, {unit.normalised()}, statistics_type(unit.dtype));
     const Tensor var = torch::stable::new_empty(mean, {unit.normalised()});
     spos::cpu::unit_forward(unit,
@@ -130,7 +135,7 @@ std::array<Tensor, kCount> backward(const UnitArguments& given, const Tensor& gr
     const Tensor out = channels_last(grad), z = torch::stable::contiguous(saved);
     const Tensor means = torch::stable::contiguous(mean), vars = torch::stable::contiguous(var);
     std::array<Tensor, kCount> made;
-    made[0] = empty_channels_last(given.x, unit.samples, unit.channels, unit.height, unit.width);
+    made[0] = kept_image(given.x, unit.samples, unit.channels, unit.height, unit.width);
     std::vector<void*> weights;
     for (size_t i = 0; i < kCount - 3; ++i) {
         const bool there = i < given.weights.size();

@@ -1,32 +1,32 @@
-// Memory for vector code: it starts on a cache line, so that no pack lies across two.
+// Memory for vector code: it starts on a cache line, so that no pack lies across two. Large blocks come in huge pages
+// and are kept between calls, for the first touch of fresh pages can cost as much as the kernel that touches them.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 namespace spos::cpu {
 
-constexpr int64_t kLine = 64;  // bytes
+// Blocks of this size or more are kept when they are given back, up to kMostKept bytes in a process.
+constexpr int64_t kLargeBlock = 2 << 20;
+constexpr int64_t kMostKept = 512 << 20;
 
-inline void* allocate_lines(int64_t bytes) {
-    void* memory = std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine + kLine);
-    if (!memory) throw std::bad_alloc();
-    return memory;
-}
+void* take_memory(int64_t bytes);
+void give_back_memory(void* memory, int64_t bytes);  // as many as were taken
 
-struct FreeMemory {
-    void operator()(void* memory) const { std::free(memory); }
+struct GiveBack {
+    int64_t bytes = 0;
+    void operator()(void* memory) const { give_back_memory(memory, bytes); }
 };
 template <typename A>
-using Scratch = std::unique_ptr<A[], FreeMemory>;
+using Scratch = std::unique_ptr<A[], GiveBack>;
 
 // Memory that is written before it is read.
 template <typename A>
 Scratch<A> scratch(int64_t size) {
-    return Scratch<A>(static_cast<A*>(allocate_lines(size * sizeof(A))));
+    const int64_t bytes = size * sizeof(A);
+    return Scratch<A>(static_cast<A*>(take_memory(bytes)), GiveBack{bytes});
 }
 
 template <typename A>
@@ -35,8 +35,8 @@ struct LineAllocator {
     LineAllocator() = default;
     template <typename B>
     LineAllocator(const LineAllocator<B>&) {}
-    A* allocate(size_t size) { return static_cast<A*>(allocate_lines(size * sizeof(A))); }
-    void deallocate(A* memory, size_t) { std::free(memory); }
+    A* allocate(size_t size) { return static_cast<A*>(take_memory(size * sizeof(A))); }
+    void deallocate(A* memory, size_t size) { give_back_memory(memory, size * sizeof(A)); }
     bool operator==(const LineAllocator&) const { return true; }
     bool operator!=(const LineAllocator&) const { return false; }
 };

@@ -61,8 +61,10 @@ class PointwiseGradients {
         const int64_t pitch = in_place ? l_.gradient.pitch : in_pitch_;
         A* product = products_.get() + task * size_;
         const bool first_block = pixel == tasks_.begin(task);
-        for (int64_t panel = 0; panel < packed_.panels(); ++panel) {
+        const int64_t next = pixel + pixels, panels = packed_.panels();
+        for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t packs = packed_.packs_of(panel), first = panel * panel_packs() * kPack;
+            prefetch(next + kBlock * panel / panels, next + kBlock * (panel + 1) / panels);
             multiply(Product<A>{dz, out_pitch_, 1, packed_.panel(panel), packs * kPack, pixels, packs, l_.out,
                                 zeros_.data(), 0, gradient + first, pitch});
             multiply(Product<A>{dz, 1, out_pitch_, input + first, in_pitch_, l_.out, packs, pixels,
@@ -78,6 +80,22 @@ class PointwiseGradients {
                 masked_sums(pixel, pixels, c, width, gradient + c, pitch, l_.input.relu ? input + c : nullptr, at);
             }
         if (!in_place) l_.gradient.store(pixel, 1, pixels, 0, l_.in, buffer, in_pitch_);
+    }
+
+    // Asks for pixels of the next block: they arrive while this one is multiplied.
+    void prefetch(int64_t begin, int64_t end) const {
+        begin = std::min(begin, l_.pixels), end = std::min(end, l_.pixels);
+        const OutputGradient<T>& output = l_.output;
+        if (output.inner)
+            prefetch_rows<false>(output.inner + begin * output.pitch, output.pitch * sizeof(A), end - begin,
+                                 l_.out * sizeof(A));
+        else
+            prefetch_rows<false>(output.outer + begin * output.pitch, output.pitch * sizeof(T), end - begin,
+                                 l_.out * sizeof(T));
+        prefetch_rows<false>(output.z + begin * output.z_pitch, output.z_pitch * sizeof(T), end - begin,
+                             l_.out * sizeof(T));
+        prefetch_rows<false>(l_.input.start + begin * l_.input.pitch, l_.input.pitch * sizeof(T), end - begin,
+                             l_.in * l_.input.step * sizeof(T));
     }
 
     // What the weight's gradient is a product with.

@@ -1,0 +1,137 @@
+// What the depthwise kernels share: how work is cut, and how their input is normalised on load.
+//
+// A work item is a run of P pixels along a row for V channels, held in registers by one thread. Neighbouring threads
+// take neighbouring channels, and rows of threads take image rows one below the other, so that the input rows which
+// they share come from the nearest cache.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cuda/depthwise.h"
+#include "kernels/cuda/partials.cuh"
+
+namespace spos::cuda {
+
+constexpr int kDepthwiseThreads = 128;
+
+// K is the kernel and S the stride where they are known to the compiler: 3, 5, 7 and 1, 2. K = S = 0 serves all others,
+// odd numbers of channels and double: plain loops, one pixel and one channel a thread.
+template <int K>
+constexpr int kVector = K == 0 ? 1 : 2;
+
+// A promise to the compiler, in blocks a processor: at most 96 registers a thread for K = 3 and K = 0, 128 for 5 and 7.
+template <int K>
+constexpr int kDepthwiseBlocks = K >= 5 ? 4 : 5;
+
+struct DepthwisePlan {
+    dim3 block;
+    int64_t channel_blocks, runs, items, items_per_chunk, chunks;  // runs: of a row
+};
+
+// Of an image of `height` x `width` whose rows are cut into runs of `pixels`. About `blocks` blocks, in which every
+// thread has at least `least` items; it depends on the shape alone, so that every GPU gives the same bits.
+inline DepthwisePlan plan_depthwise(const Depthwise& layer, int64_t height, int64_t width, int vector, int pixels,
+                                    int64_t blocks, int64_t least) {
+    DepthwisePlan plan;
+    // The block width of 32, 16 or 8 threads that leaves the fewest of them without a channel.
+    const int64_t vectors = divide_up(layer.channels, vector);
+    unsigned across = 1;
+    if (vectors < 8) {
+        while (across < vectors) across *= 2;
+    } else {
+        across = 32;
+        for (const unsigned narrower : {16u, 8u})
+            if (divide_up(vectors, narrower) * narrower < divide_up(vectors, across) * across) across = narrower;
+    }
+    plan.block = dim3(across, kDepthwiseThreads / across);
+    plan.channel_blocks = divide_up(vectors, across);
+    plan.runs = divide_up(width, pixels);
+    plan.items = layer.samples * height * plan.runs;
+    const int64_t wanted = std::max<int64_t>(1, blocks / plan.channel_blocks);
+    plan.items_per_chunk = divide_up(std::max(plan.block.y * least, divide_up(plan.items, wanted)), plan.block.y);
+    plan.items_per_chunk *= plan.block.y;
+    plan.chunks = divide_up(plan.items, plan.items_per_chunk);
+    return plan;
+}
+
+inline const char* refuse_depthwise(const Depthwise& layer) {
+    const int64_t most = int64_t{1} << 31;
+    if (layer.kernel % 2 != 1 || layer.stride < 1) return "the kernel must be odd and the stride at least 1";
+    if (layer.kernel > 255) return "the kernel must be at most 255";
+    if (layer.samples * layer.height * layer.width >= most || layer.channels >= most / (layer.kernel * layer.kernel))
+        return "x is too large for one launch: its pixels, and its channels times the taps, must be below 2^31";
+    return nullptr;
+}
+
+// Calls run(T{}, kernel constant, stride constant) with the types of the layer; `pairs`: whether all loads of two
+// channels would be aligned and inside.
+template <typename Run>
+const char* select_depthwise(const Depthwise& layer, bool pairs, Run run) {
+    const auto with = [&](auto type) -> const char* {
+        const auto of = [&](auto kernel) -> const char* {
+            if (layer.stride == 1) return run(type, kernel, std::integral_constant<int, 1>{});
+            return run(type, kernel, std::integral_constant<int, 2>{});
+        };
+        if constexpr (!std::is_same_v<decltype(type), double>) {
+            if (pairs && layer.stride <= 2) {
+                if (layer.kernel == 3) return of(std::integral_constant<int, 3>{});
+                if (layer.kernel == 5) return of(std::integral_constant<int, 5>{});
+                if (layer.kernel == 7) return of(std::integral_constant<int, 7>{});
+            }
+        }
+        return run(type, std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
+    };
+    switch (layer.dtype) {
+        case DType::float32:
+            return with(float{});
+        case DType::float64:
+            return with(double{});
+        case DType::float16:
+            return with(__half{});
+        case DType::bfloat16:
+            return with(__nv_bfloat16{});
+    }
+    return "unknown dtype";
+}
+
+// Whether pairs of channels can be read from an image of `dtype` at `data`.
+inline bool has_pairs(DType dtype, const void* data, int64_t pitch) {
+    return reinterpret_cast<uintptr_t>(data) % (2 * item_size(dtype)) == 0 && pitch % 2 == 0;
+}
+
+// The input's batch norm and ReLU for V channels. A NaN stays one.
+template <int V, typename A>
+struct Activation {
+    A scale[V], shift[V], floor;
+
+    __device__ Activation(const void* scales, const void* shifts, bool relu, int channel, int channels) {
+        floor = relu ? A(0) : -static_cast<A>(INFINITY);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const bool inside = channel + v < channels;
+            scale[v] = scales != nullptr && inside ? static_cast<const A*>(scales)[channel + v] : A(1);
+            shift[v] = shifts != nullptr && inside ? static_cast<const A*>(shifts)[channel + v] : A(0);
+        }
+    }
+
+    __device__ A operator()(A value, int v) const {
+        const A normal = scale[v] * value + shift[v];
+        return normal < floor ? floor : normal;
+    }
+};
+
+// Copies the block's taps to shared memory as [tap][channel of the block]. Zero beyond the channels.
+template <int V, int K, typename T>
+__device__ void share_weights(const T* weight, int first_channel, int channels, Accumulator<T>* shared) {
+    const int across = blockDim.x * V;
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < across * K * K; i += kDepthwiseThreads) {
+        const int channel = i / (K * K), tap = i % (K * K);
+        const bool inside = first_channel + channel < channels;
+        shared[tap * across + channel] =
+            inside ? widen(weight[static_cast<int64_t>(first_channel) * K * K + i]) : Accumulator<T>(0);
+    }
+    __syncthreads();
+}
+
+}  // namespace spos::cuda

@@ -18,8 +18,7 @@ struct ForwardArguments {
     const T *x, *weight;
     const void *scale, *shift;
     const int32_t* present;
-    int64_t pitch;
-    int height, width, out_height, out_width, channels, kernel, stride, runs, items, items_per_chunk;
+    int pitch, height, width, out_height, out_width, channels, kernel, stride, runs, items, items_per_chunk;
     bool relu;
     T* z;
     Moments<Accumulator<T>>* partial;
@@ -173,7 +172,7 @@ int64_t depthwise_workspace_bytes(const Depthwise& layer) {
 }
 
 const char* depthwise(const Depthwise& layer, void* z, void* workspace, void* mean, void* m2, void* stream) {
-    if (const char* refused = refuse_depthwise(layer)) return refused;
+    if (const char* refused = refuse_depthwise(layer, layer.x_pitch)) return refused;
     return select_depthwise(layer, forward_has_pairs(layer, z), [&](auto type, auto kernel, auto stride) {
         return run<decltype(type), decltype(kernel)::value, decltype(stride)::value>(layer, z, workspace, mean, m2,
                                                                                      stream);

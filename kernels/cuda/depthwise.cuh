@@ -55,12 +55,14 @@ inline DepthwisePlan plan_depthwise(const Depthwise& layer, int64_t height, int6
     return plan;
 }
 
-inline const char* refuse_depthwise(const Depthwise& layer) {
+// `pitch`: the largest of all images.
+inline const char* refuse_depthwise(const Depthwise& layer, int64_t pitch) {
     const int64_t most = int64_t{1} << 31;
     if (layer.kernel % 2 != 1 || layer.stride < 1) return "the kernel must be odd and the stride at least 1";
     if (layer.kernel > 255) return "the kernel must be at most 255";
     if (layer.samples * layer.height * layer.width >= most || layer.channels >= most / (layer.kernel * layer.kernel))
         return "x is too large for one launch: its pixels, and its channels times the taps, must be below 2^31";
+    if (layer.width * pitch >= most) return "an image is too large for one launch: a row must be below 2^31 elements";
     return nullptr;
 }
 

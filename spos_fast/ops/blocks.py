@@ -19,7 +19,6 @@ from spos_fast.ops.block_gradients import dw_backward_op, pw_backward_op
 from spos_fast.ops.channels import (
     LAST,
     activation,
-    channels_last,
     check_affine,
     check_image,
     check_weight,
@@ -34,6 +33,7 @@ from spos_fast.ops.channels import (
     width_of,
 )
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.layout import channels_last
 
 
 class BNStats(NamedTuple):
@@ -92,7 +92,7 @@ def pw_bnstats(
     used_in, width_in = width_of("channels_in", channels_in, stored[1])
     used_out, width_out = width_of("channels_out", channels_out, stored[0])
     _check_pw(x, weight, scale, shift, first, step, used_in, used_out, width_in, width_out)
-    x = channels_last(x, "x", "pw_bnstats")
+    x = channels_last(x, "pw_bnstats")
     return BNStats(*_pw_op(x, weight, scale, shift, relu, first, step, used_in, used_out, width_in, width_out))
 
 
@@ -128,7 +128,7 @@ def dw_bnstats(
     stored = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() > 0 else 0
     used, width = width_of("channels", channels, stored)
     _check_dw(x, weight, scale, shift, stride, used, width)
-    x = channels_last(x, "x", "dw_bnstats")
+    x = channels_last(x, "dw_bnstats")
     return BNStats(*_dw_op(x, weight, scale, shift, relu, stride, used, width))
 
 
@@ -267,12 +267,14 @@ _pw_op = define_op(
     "-> (Tensor z, Tensor mean, Tensor m2)",
     reference=pw_bnstats_reference,
     fake=_fake_pw,
+    autocast=(0, 1),
 )
 _dw_op = define_op(
     "dw_bnstats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool relu, int stride, "
     "SymInt channels, Tensor? width) -> (Tensor z, Tensor mean, Tensor m2)",
     reference=dw_bnstats_reference,
     fake=_fake_dw,
+    autocast=(0, 1),
 )
 
 

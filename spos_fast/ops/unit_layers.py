@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from spos_fast.errors import InputError
@@ -226,3 +227,8 @@ def check_vector(name: str, value: Tensor | None, unit: Unit) -> None:
         raise InputError(
             f"{name} must be [{unit.normalised}], one entry a channel of every layer, got {list(value.shape)}"
         )
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for the others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn import grad as convolution_grad
 
-from spos_fast.ops.channels import statistics_dtype
-from spos_fast.ops.unit_layers import Layer, Unit
+from spos_fast.ops.unit_layers import Layer, Unit, statistics_dtype
 
 _LAST = torch.channels_last
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spos_fast.errors import InputError
 from spos_fast.ops import unit_reference
-from spos_fast.ops.channels import channels_last, statistics_dtype
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.layout import channels_last
 from spos_fast.ops.unit_layers import (
     NAMES,
     Chain,
@@ -26,6 +26,7 @@ from spos_fast.ops.unit_layers import (
     check_vector,
     make_unit,
     shuffle_chain,
+    statistics_dtype,
     xception_chain,
 )
 
@@ -229,7 +230,7 @@ def _prepared(name: str, x: Tensor, weights: Sequence[Tensor], mid: Slice) -> tu
         mid, width = None, mid
     elif mid is not None and (not isinstance(mid, (int, torch.SymInt)) or isinstance(mid, bool)):
         raise TypeError(f"mid must be an int or an int32 tensor, got {type(mid).__name__}")
-    return channels_last(x, "x", name), stored if mid is None else mid, width
+    return channels_last(x, name), stored if mid is None else mid, width
 
 
 _CHAINS: dict[str, Chain] = {

@@ -16,7 +16,7 @@ from torch.nn import functional
 from spos_fast import ops
 from spos_fast.errors import InputError
 from spos_fast.nn import ShuffleUnit
-from spos_fast.ops import channels
+from spos_fast.ops import layout
 from tests.ops.block_samples import BLOCK_SAMPLES
 
 # Without native kernels the references serve, and say so; whether they should is not asked here.
@@ -311,7 +311,7 @@ def test_layouts() -> None:
     }
     for name, call in calls.items():
         wanted = call(x)
-        channels._warned_of_layout.discard(name)
+        layout._warned.discard(name)
         with pytest.warns(RuntimeWarning, match=f"{name}: . is not channels last") as caught:
             for value in (x.contiguous(), wide[:, 4:12], x.transpose(2, 3).contiguous().transpose(2, 3)):
                 out = call(value)

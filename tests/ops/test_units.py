@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from spos_fast import ops
 from spos_fast.errors import InputError
-from spos_fast.ops import channels
+from spos_fast.ops import layout
 from spos_fast.ops.dispatch import OPS
 from tests.ops.samples import SAMPLES
 from tests.ops.unit_samples import Sizes, normalised, weights
@@ -288,7 +288,7 @@ def test_layouts(kind: str) -> None:
     wide = torch.full((2, 20, 5, 6), torch.nan).contiguous(memory_format=LAST)
     wide[:, 4:12] = x
     transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
-    channels._warned_of_layout.discard(kind)
+    layout._warned.discard(kind)
     with pytest.warns(RuntimeWarning, match=f"{kind}: x is not channels last") as caught:
         for value in (x.contiguous(), wide[:, 4:12], transposed):
             out = op(value, *main).out
@@ -391,3 +391,36 @@ def test_backward_needs_what_is_saved(kind: str) -> None:
     out, *saved = getattr(torch.ops.spos_fast, kind)(x, *rest, False)
     with pytest.raises((RuntimeError, InputError), match="save"):
         getattr(torch.ops.spos_fast, f"{kind}_backward")(out, x, *saved, *rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_serves_all_widths(kind: str) -> None:
+    """Captured once with a width on the device, replayed with others: the values of plain calls with an int."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    torch.manual_seed(0)
+    size = Sizes(4, 24, 14, 14, 20, 20, 12, 5)
+    main, given = unit(kind, size)
+    x, *main = (value.cuda().requires_grad_() for value in (image(4, 24, 14, 14), *main))
+    width = torch.tensor(20, dtype=torch.int32, device="cuda")
+    op = getattr(ops, kind)
+    grad = torch.randn(4, 24, 14, 14, device="cuda").contiguous(memory_format=LAST)
+
+    def run(mid: int | Tensor) -> list[Tensor]:
+        out = op(x, *main, mid=mid, **given).out
+        return [out.detach(), *torch.autograd.grad(out, [x, *main], grad)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(width)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(width)
+    for mid in (1, 7, 20, 16):
+        width.fill_(mid)
+        graph.replay()
+        for got, wanted in zip(outputs, run(mid), strict=True):
+            torch.testing.assert_close(got, wanted)

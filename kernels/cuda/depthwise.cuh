@@ -5,9 +5,9 @@
 // they share come from the nearest cache.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/depthwise.h"
 #include "kernels/cuda/partials.cuh"
 
@@ -24,45 +24,26 @@ constexpr int kVector = K == 0 ? 1 : 2;
 template <int K>
 constexpr int kDepthwiseBlocks = K >= 5 ? 4 : 5;
 
-struct DepthwisePlan {
-    dim3 block;
-    int64_t channel_blocks, runs, items, items_per_chunk, chunks;  // runs: of a row
+// Of an image of `height` x `width` whose rows are cut into runs of `pixels`.
+struct DepthwisePlan : ColumnPlan {
+    int64_t runs;  // of a row
 };
 
-// Of an image of `height` x `width` whose rows are cut into runs of `pixels`. About `blocks` blocks, in which every
-// thread has at least `least` items; it depends on the shape alone, so that every GPU gives the same bits.
 inline DepthwisePlan plan_depthwise(const Depthwise& layer, int64_t height, int64_t width, int vector, int pixels,
                                     int64_t blocks, int64_t least) {
-    DepthwisePlan plan;
-    // The block width of 32, 16 or 8 threads that leaves the fewest of them without a channel.
-    const int64_t vectors = divide_up(layer.channels, vector);
-    unsigned across = 1;
-    if (vectors < 8) {
-        while (across < vectors) across *= 2;
-    } else {
-        across = 32;
-        for (const unsigned narrower : {16u, 8u})
-            if (divide_up(vectors, narrower) * narrower < divide_up(vectors, across) * across) across = narrower;
-    }
-    plan.block = dim3(across, kDepthwiseThreads / across);
-    plan.channel_blocks = divide_up(vectors, across);
-    plan.runs = divide_up(width, pixels);
-    plan.items = layer.samples * height * plan.runs;
-    const int64_t wanted = std::max<int64_t>(1, blocks / plan.channel_blocks);
-    plan.items_per_chunk = divide_up(std::max(plan.block.y * least, divide_up(plan.items, wanted)), plan.block.y);
-    plan.items_per_chunk *= plan.block.y;
-    plan.chunks = divide_up(plan.items, plan.items_per_chunk);
-    return plan;
+    const int64_t runs = divide_up(width, pixels);
+    return {plan_columns(kDepthwiseThreads, layer.channels, vector, layer.samples * height * runs, blocks, least),
+            runs};
 }
 
 // `pitch`: the largest of all images.
 inline const char* refuse_depthwise(const Depthwise& layer, int64_t pitch) {
-    const int64_t most = int64_t{1} << 31;
+    const int64_t most = int64_t{1} << 30;
     if (layer.kernel % 2 != 1 || layer.stride < 1) return "the kernel must be odd and the stride at least 1";
     if (layer.kernel > 255) return "the kernel must be at most 255";
     if (layer.samples * layer.height * layer.width >= most || layer.channels >= most / (layer.kernel * layer.kernel))
-        return "x is too large for one launch: its pixels, and its channels times the taps, must be below 2^31";
-    if (layer.width * pitch >= most) return "an image is too large for one launch: a row must be below 2^31 elements";
+        return "x is too large for one launch: its pixels, and its channels times the taps, must be below 2^30";
+    if (layer.width * pitch >= most) return "an image is too large for one launch: a row must be below 2^30 elements";
     return nullptr;
 }
 
@@ -101,27 +82,6 @@ const char* select_depthwise(const Depthwise& layer, bool pairs, Run run) {
 inline bool has_pairs(DType dtype, const void* data, int64_t pitch) {
     return reinterpret_cast<uintptr_t>(data) % (2 * item_size(dtype)) == 0 && pitch % 2 == 0;
 }
-
-// The input's batch norm and ReLU for V channels. A NaN stays one.
-template <int V, typename A>
-struct Activation {
-    A scale[V], shift[V], floor;
-
-    __device__ Activation(const void* scales, const void* shifts, bool relu, int channel, int channels) {
-        floor = relu ? A(0) : -static_cast<A>(INFINITY);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            const bool inside = channel + v < channels;
-            scale[v] = scales != nullptr && inside ? static_cast<const A*>(scales)[channel + v] : A(1);
-            shift[v] = shifts != nullptr && inside ? static_cast<const A*>(shifts)[channel + v] : A(0);
-        }
-    }
-
-    __device__ A operator()(A value, int v) const {
-        const A normal = scale[v] * value + shift[v];
-        return normal < floor ? floor : normal;
-    }
-};
 
 // Copies the block's taps to shared memory as [tap][channel of the block]. Zero beyond the channels.
 template <int V, int K, typename T>

@@ -2,6 +2,8 @@
 // same order.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/moments.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -13,6 +15,38 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 
 constexpr int kFinishChannels = 32;  // of a block of the second stage
 constexpr int kFinishLanes = 16;     // threads that share the partial results of one channel
+
+// How blocks share a matrix of items (pixels, or runs of them) and channels. threadIdx.x counts vectors of channels,
+// threadIdx.y items; grid: channel blocks, chunks of items.
+struct ColumnPlan {
+    dim3 block;
+    int64_t channel_blocks, items, items_per_chunk, chunks;
+};
+
+// About `blocks` blocks, in which every thread has at least `least` items; it depends on the shape alone, so that every
+// GPU gives the same bits. `threads`: a power of two.
+inline ColumnPlan plan_columns(int threads, int64_t channels, int vector, int64_t items, int64_t blocks,
+                               int64_t least) {
+    // The block width of 32, 16 or 8 threads that leaves the fewest of them without a channel.
+    const int64_t vectors = divide_up(channels, vector);
+    unsigned across = 1;
+    if (vectors < 8) {
+        while (across < vectors) across *= 2;
+    } else {
+        across = 32;
+        for (const unsigned narrower : {16u, 8u})
+            if (divide_up(vectors, narrower) * narrower < divide_up(vectors, across) * across) across = narrower;
+    }
+    ColumnPlan plan;
+    plan.block = dim3(across, threads / across);
+    plan.channel_blocks = divide_up(vectors, across);
+    plan.items = items;
+    const int64_t wanted = std::max<int64_t>(1, blocks / plan.channel_blocks);
+    const int64_t rounds = divide_up(divide_up(items, wanted), plan.block.y);
+    plan.items_per_chunk = plan.block.y * std::max(least, rounds);
+    plan.chunks = divide_up(items, plan.items_per_chunk);
+    return plan;
+}
 
 // How many of `channels` channels are there: all, or what the device says.
 __device__ inline int present_channels(const int32_t* width, int channels) {

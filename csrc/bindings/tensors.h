@@ -28,6 +28,9 @@ using Kernels = std::vector<Kernel>;
 
 // One a family, in its file.
 Kernels batchnorm_kernels();
+#ifdef SPOS_FAST_WITH_CUDA
+Kernels blocks_cuda_kernels();
+#endif
 
 inline DType dtype_of(const Tensor& x, const char* argument) {
     switch (x.scalar_type()) {

@@ -1,6 +1,8 @@
 // Batch norm and ReLU of what a kernel has loaded.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/cuda/vector.cuh"
 
 namespace spos::cuda {

@@ -18,9 +18,9 @@ struct BnActCat {
     const void *scale, *shift;  // [channels]
     bool relu;                  // of both images, where they are scaled
 
-    const void* other;  // null: nothing stands in front
-    int64_t other_pitch, other_channels;
-    const void *other_scale, *other_shift;  // [other_channels]; null: the even channels pass as they are
+    const void* other = nullptr;  // null: nothing stands in front
+    int64_t other_pitch = 0, other_channels = 0;
+    const void *other_scale = nullptr, *other_shift = nullptr;  // [other_channels]; null: the even channels pass
 
     int64_t front() const {
         if (other == nullptr) return 0;

@@ -7,6 +7,19 @@
 
 namespace spos::cuda {
 
+// The larger of the two, and NaN where the value is one.
+__device__ inline float clip(float value, float floor) {
+#ifdef __CUDA_ARCH__
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(value), "f"(floor));
+    return value;
+#else
+    return value < floor ? floor : value;
+#endif
+}
+__device__ inline double clip(double value, double floor) {
+    return value < floor ? floor : value;
+}
+
 // For V channels from `channel` on. scales, shifts: [channels] or null, which stands for ones and zeros. A NaN stays
 // one.
 template <int V, typename A>
@@ -23,10 +36,7 @@ struct Activation {
         }
     }
 
-    __device__ A operator()(A value, int v) const {
-        const A normal = scale[v] * value + shift[v];
-        return normal < floor ? floor : normal;
-    }
+    __device__ A operator()(A value, int v) const { return clip(scale[v] * value + shift[v], floor); }
 };
 
 }  // namespace spos::cuda

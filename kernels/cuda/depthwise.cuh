@@ -83,6 +83,32 @@ inline bool has_pairs(DType dtype, const void* data, int64_t pitch) {
     return reinterpret_cast<uintptr_t>(data) % (2 * item_size(dtype)) == 0 && pitch % 2 == 0;
 }
 
+// Bit i: whether column left + i lies in an image of that width.
+template <int I>
+__device__ unsigned columns_inside(int left, int width) {
+    unsigned inside = 0;
+#pragma unroll
+    for (int i = 0; i < I; ++i) inside |= (left + i >= 0 && left + i < width ? 1u : 0u) << i;
+    return inside;
+}
+
+// Loads I pixels of V channels, `pitch` elements apart, as the convolution sees them: zero where they lie outside.
+template <int I, int V, typename T>
+__device__ void load_run(const T* row, int pitch, unsigned inside, const Activation<V, Accumulator<T>>& activate,
+                         Accumulator<T> (&in)[I][V]) {
+    Vector<T, V> loaded[I];
+    const char* at = reinterpret_cast<const char*>(row);
+    const int64_t step = pitch * static_cast<int64_t>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < I; ++i, at += step)
+        if (inside >> i & 1) loaded[i] = *reinterpret_cast<const Vector<T, V>*>(at);
+#pragma unroll
+    for (int i = 0; i < I; ++i)
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            in[i][v] = inside >> i & 1 ? activate(widen(loaded[i].lane[v]), v) : Accumulator<T>(0);
+}
+
 // Copies the block's taps to shared memory as [tap][channel of the block]. Zero beyond the channels.
 template <int V, int K, typename T>
 __device__ void share_weights(const T* weight, int first_channel, int channels, Accumulator<T>* shared) {

@@ -15,14 +15,9 @@ constexpr int64_t kWeightRuns = 4;
 // Pixels of one thread: of the input, a multiple of the stride, for the data; of the output for the weight, as many as
 // fit beside the sums of all taps.
 template <int K, int S>
-constexpr int kDataPixels = K == 0   ? 1
-                            : S == 1 ? 7
-                                     : 8;
+constexpr int kDataPixels = K == 0 ? 1 : (S == 1 ? 7 : 8);
 template <int K, int S>
-constexpr int kWeightPixels = K == 0   ? 1
-                              : K == 7 ? (S == 1 ? 5 : 3)
-                              : S == 1 ? 7
-                                       : 4;
+constexpr int kWeightPixels = K == 0 ? 1 : (S == 1 ? (K == 7 ? 5 : 7) : (K == 7 ? 3 : 4));
 
 // At most 128 registers a thread, and 168 for the 98 sums of K = 7.
 template <int K>
@@ -277,7 +272,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads) weight_gradient_of_tap(cons
 }
 
 bool backward_has_pairs(const Depthwise& layer, const DepthwiseGradient& gradient) {
-    return layer.channels % 2 == 0 && has_pairs(layer.dtype, layer.x, layer.x_pitch) &&
+    return has_pairs(layer.dtype, layer.x, layer.x_pitch) &&
            has_pairs(layer.dtype, gradient.grad, gradient.grad_pitch) &&
            has_pairs(layer.dtype, gradient.z, gradient.z_pitch) &&
            has_pairs(layer.dtype, gradient.grad_x, layer.channels);

@@ -15,6 +15,10 @@ constexpr int kOutputs = K == 0 ? 1 : (S == 1 ? 7 : 4);
 template <int K>
 constexpr int kOutputRows = K == 0 ? 1 : 2;
 
+// A promise to the compiler, in blocks a processor: at most 168 registers a thread for K = 7, 128 for the others.
+template <int K>
+constexpr int kForwardBlocksPerProcessor = K == 7 ? 3 : 4;
+
 template <typename T>
 struct ForwardArguments {
     const T *x, *weight;
@@ -28,7 +32,8 @@ struct ForwardArguments {
 
 // grid: channels, chunks of items.
 template <typename T, int K, int S>
-__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<K>) convolve(const ForwardArguments<T> g) {
+__global__ void __launch_bounds__(kDepthwiseThreads, kForwardBlocksPerProcessor<K>) convolve(
+    const ForwardArguments<T> g) {
     using A = Accumulator<T>;
     constexpr int V = kVector<K>, P = kOutputs<K, S>, R = kOutputRows<K>;
     __shared__ A weights[K == 0 ? 1 : K * K * 32 * V];

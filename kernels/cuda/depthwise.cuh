@@ -1,8 +1,8 @@
 // What the depthwise kernels share: how work is cut, and how their input is normalised on load.
 //
-// A work item is a run of P pixels along a row for V channels, held in registers by one thread. Neighbouring threads
-// take neighbouring channels, and rows of threads take image rows one below the other, so that the input rows which
-// they share come from the nearest cache.
+// A work item is a run of P pixels along a row, or in each of R rows, for V channels: what one thread holds in
+// registers. Neighbouring threads take neighbouring channels, and rows of threads take image rows one below the other,
+// so that the input rows which they share come from the nearest cache.
 #pragma once
 
 #include <type_traits>
@@ -19,10 +19,6 @@ constexpr int kDepthwiseThreads = 128;
 // odd numbers of channels and double: plain loops, one pixel and one channel a thread.
 template <int K>
 constexpr int kVector = K == 0 ? 1 : 2;
-
-// A promise to the compiler, in blocks a processor: at most 96 registers a thread for K = 3 and K = 0, 128 for 5 and 7.
-template <int K>
-constexpr int kDepthwiseBlocks = K >= 5 ? 4 : 5;
 
 // Of an image of `height` x `width` whose rows are cut into runs of `pixels`.
 struct DepthwisePlan : ColumnPlan {

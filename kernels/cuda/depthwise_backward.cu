@@ -12,16 +12,22 @@ constexpr int64_t kDataBlocks = 1024;
 constexpr int64_t kWeightBlocks = 512;
 constexpr int64_t kWeightRuns = 4;
 
-// Pixels of one thread: of the input, a multiple of the stride, for the data; of the output for the weight, as many as
-// fit beside the sums of all taps.
+// Pixels of one thread, as many as its registers hold. For the data, of the input: a run along a row, a multiple of the
+// stride, and the same in the row below. For the weight, of the output: a run.
 template <int K, int S>
-constexpr int kDataPixels = K == 0 ? 1 : (S == 1 ? 7 : 8);
-template <int K, int S>
-constexpr int kWeightPixels = K == 0 ? 1 : (S == 1 ? (K == 7 ? 5 : 7) : (K == 7 ? 3 : 4));
-
-// At most 128 registers a thread, and 168 for the 98 sums of K = 7.
+constexpr int kDataPixels = K == 0 ? 1 : 4;
 template <int K>
-constexpr int kWeightBlocksPerProcessor = K == 7 ? 3 : 4;
+constexpr int kDataRows = K == 0 ? 1 : 2;
+template <int K, int S>
+constexpr int kWeightPixels = K == 0 ? 1 : (K == 7 && S == 2 ? 3 : 4);
+
+// Rows of taps whose sums a thread keeps. The 49 taps of K = 7 go to two blocks.
+template <int K>
+constexpr int kTapRows = K == 7 ? 4 : K;
+
+// A promise to the compiler, in blocks a processor: at most 168 registers a thread for K = 5 and 7, 128 for the others.
+template <int K>
+constexpr int kBackwardBlocksPerProcessor = K >= 5 ? 3 : 4;
 
 template <typename T>
 struct BackwardArguments {
@@ -53,16 +59,39 @@ struct Incoming {
     }
 
     __device__ A operator()(A grad, A z, int v) const {
-        const A passed = !relu || scale[v] * z + shift[v] > 0 ? grad : A(0);
-        return scale[v] * (passed - offset[v] - slope[v] * (z - mean[v]));
+        const bool passes = !relu | (scale[v] * z + shift[v] > 0);  // no short cut: a branch would cost more
+        return scale[v] * ((passes ? grad : A(0)) - offset[v] - slope[v] * (z - mean[v]));
     }
 };
 
+// Loads I pixels of the gradient of z, zero where they lie outside.
+template <int I, int V, typename T>
+__device__ void load_incoming(const T* grad, const T* z, int grad_pitch, int z_pitch, unsigned inside,
+                              const Incoming<V, Accumulator<T>>& incoming, Accumulator<T> (&in)[I][V]) {
+    const char *grad_at = reinterpret_cast<const char*>(grad), *z_at = reinterpret_cast<const char*>(z);
+    const int64_t grad_step = grad_pitch * static_cast<int64_t>(sizeof(T));
+    const int64_t z_step = z_pitch * static_cast<int64_t>(sizeof(T));
+    Vector<T, V> gradient[I], output[I];
+#pragma unroll
+    for (int i = 0; i < I; ++i, grad_at += grad_step, z_at += z_step) {
+        if (inside >> i & 1) gradient[i] = *reinterpret_cast<const Vector<T, V>*>(grad_at);
+        if (inside >> i & 1) output[i] = *reinterpret_cast<const Vector<T, V>*>(z_at);
+    }
+#pragma unroll
+    for (int i = 0; i < I; ++i)
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const Accumulator<T> value = incoming(widen(gradient[i].lane[v]), widen(output[i].lane[v]), v);
+            in[i][v] = inside >> i & 1 ? value : Accumulator<T>(0);
+        }
+}
+
 // grid: channels, chunks of items. partial: [chunks, 2, channels], if there is a centre.
 template <typename T, int K, int S>
-__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<K>) data_gradient(const BackwardArguments<T> g) {
+__global__ void __launch_bounds__(kDepthwiseThreads, kBackwardBlocksPerProcessor<K>) data_gradient(
+    const BackwardArguments<T> g) {
     using A = Accumulator<T>;
-    constexpr int V = kVector<K>, P = kDataPixels<K, S>;
+    constexpr int V = kVector<K>, P = kDataPixels<K, S>, R = kDataRows<K>;
     __shared__ A weights[K == 0 ? 1 : K * K * 32 * V];
     __shared__ A shared[kDepthwiseThreads * 2 * V];
     const int kernel = K == 0 ? g.kernel : K, stride = S == 0 ? g.stride : S, pad = kernel / 2;
@@ -74,56 +103,58 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<K>) data_g
 
     A own[2 * V] = {};
     if (channel < g.channels) {
+        A centre[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) centre[v] = g.centre == nullptr ? A(0) : g.centre[channel + v];
         const Incoming<V, A> incoming(g.norm, g.relu, channel, g.channels);
         const Activation<V, A> activate(g.scale, g.shift, g.in_relu, channel, g.channels);
+        const int bands = (g.height + R - 1) / R;
         for (int item = begin + threadIdx.y; item < end; item += blockDim.y) {
-            const int iy = item % g.height, run = item / g.height % g.runs, n = item / g.height / g.runs;
+            const int iy = item % bands * R, run = item / bands % g.runs, n = item / bands / g.runs;
             const int ix = run * P;
             const int64_t image = static_cast<int64_t>(n) * g.out_height * g.out_width;
-            A sum[P][V] = {};
-            // Output row oy saw input row iy under kernel row ky = iy + pad - oy * stride.
+            // Output row oy saw input row iy + r under kernel row ky = iy + r + pad - oy * stride.
+            const int after = iy + pad - kernel, last = (iy + R - 1 + pad) / stride;
+            const int first_row = after < 0 ? 0 : after / stride + 1;
+            const int end_row = channel >= present ? 0 : (last < g.out_height ? last + 1 : g.out_height);
+            // The same for columns: what a run gathers from, and which of that is inside of the image, one bit each.
+            constexpr int kPad = K / 2, kBefore = K == 0 ? 0 : kPad / (S + !S),
+                          I = (P - 1 + kPad) / (S + !S) + kBefore + 1;
+            const int left = K == 0 ? 0 : ix / stride - kBefore;
+            const unsigned inside = columns_inside<I>(left, g.out_width);
+            A sum[R][P][V] = {};
 #pragma unroll 1
-            for (int ky = (iy + pad) % stride; ky < kernel && channel < present; ky += stride) {
-                const int oy = (iy + pad - ky) / stride;
-                if (iy + pad < ky || oy >= g.out_height) continue;
-                const int64_t row = image + static_cast<int64_t>(oy) * g.out_width;
+            for (int oy = first_row; oy < end_row; ++oy) {
+                const int64_t row = image + static_cast<int64_t>(oy) * g.out_width + left;
                 const T* grad = g.grad + row * g.grad_pitch + channel;
                 const T* z = g.z + row * g.z_pitch + channel;
                 if constexpr (K != 0) {
-                    constexpr int kPad = K / 2, kBefore = kPad / S, I = (P - 1 + kPad) / S + kBefore + 1;
-                    const int left = ix / S - kBefore;
                     A in[I][V];
+                    load_incoming<I, V>(grad, z, g.grad_pitch, g.z_pitch, inside, incoming, in);
 #pragma unroll
-                    for (int i = 0; i < I; ++i) {
-                        const int ox = left + i;
-                        Vector<T, V> gradient, output;
-                        const bool inside = ox >= 0 && ox < g.out_width;
-                        if (inside) {
-                            gradient = *reinterpret_cast<const Vector<T, V>*>(grad + ox * g.grad_pitch);
-                            output = *reinterpret_cast<const Vector<T, V>*>(z + ox * g.z_pitch);
-                        }
+                    for (int r = 0; r < R; ++r) {
+                        const int ky = iy + r + pad - oy * S;
+                        if (ky < 0 || ky >= K) continue;
 #pragma unroll
-                        for (int v = 0; v < V; ++v)
-                            in[i][v] = inside ? incoming(widen(gradient.lane[v]), widen(output.lane[v]), v) : A(0);
-                    }
+                        for (int kx = 0; kx < K; ++kx) {
+                            const A* tap = weights + ((ky * K + kx) * blockDim.x + threadIdx.x) * V;
 #pragma unroll
-                    for (int kx = 0; kx < K; ++kx) {
-                        const A* tap = weights + ((ky * K + kx) * blockDim.x + threadIdx.x) * V;
+                            for (int v = 0; v < V; ++v) {
+                                const A weight = tap[v];
 #pragma unroll
-                        for (int v = 0; v < V; ++v) {
-                            const A weight = tap[v];
-#pragma unroll
-                            for (int p = 0; p < P; ++p)
-                                if ((p + kPad - kx) % S == 0)
-                                    sum[p][v] += weight * in[(p + kPad - kx) / S + kBefore][v];
+                                for (int p = 0; p < P; ++p)
+                                    if ((p + kPad - kx) % S == 0)
+                                        sum[r][p][v] += weight * in[(p + kPad - kx) / S + kBefore][v];
+                            }
                         }
                     }
                 } else {
+                    const int ky = iy + pad - oy * stride;
                     const T* taps = g.weight + (static_cast<int64_t>(channel) * kernel + ky) * kernel;
                     for (int kx = 0; kx < kernel; ++kx) {
                         const int ox = (ix + pad - kx) / stride;
                         if (ix + pad < kx || ox * stride != ix + pad - kx || ox >= g.out_width) continue;
-                        sum[0][0] +=
+                        sum[0][0][0] +=
                             widen(taps[kx]) * incoming(widen(grad[ox * g.grad_pitch]), widen(z[ox * g.z_pitch]), 0);
                     }
                 }
@@ -131,25 +162,29 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<K>) data_g
 
             const int64_t pixel = (static_cast<int64_t>(n) * g.height + iy) * g.width + ix;
 #pragma unroll
-            for (int p = 0; p < P; ++p) {
-                if (ix + p >= g.width) continue;
-                Vector<T, V> in, stored;
-                if (channel < present)
-                    in = *reinterpret_cast<const Vector<T, V>*>(g.x + (pixel + p) * g.x_pitch + channel);
+            for (int r = 0; r < R; ++r) {
+                const int columns = iy + r >= g.height ? 0 : (g.width - ix < P ? g.width - ix : P);
+                const T* from = g.x + (pixel + r * g.width) * g.x_pitch + channel;
+                Vector<T, V> in[P];
 #pragma unroll
-                for (int v = 0; v < V; ++v) {
-                    A result = 0;
-                    if (channel + v < present) {
-                        const A value = widen(in.lane[v]);
-                        result = !g.in_relu || activate(value, v) > 0 ? sum[p][v] : A(0);
-                        if (g.centre != nullptr) {
-                            own[v] += result;
-                            own[V + v] += result * (value - g.centre[channel + v]);
-                        }
+                for (int p = 0; p < P; ++p, from += g.x_pitch)
+                    if (p < columns && channel < present) in[p] = *reinterpret_cast<const Vector<T, V>*>(from);
+                T* to = g.grad_x + (pixel + r * g.width) * g.channels + channel;
+#pragma unroll
+                for (int p = 0; p < P; ++p, to += g.channels) {
+                    Vector<T, V> stored;
+#pragma unroll
+                    for (int v = 0; v < V; ++v) {
+                        const A value = widen(in[p].lane[v]);
+                        const bool counts = p < columns && channel + v < present;
+                        const bool passes = counts & (!g.in_relu | (activate(value, v) > 0));
+                        const A result = passes ? sum[r][p][v] : A(0);
+                        own[v] += result;
+                        own[V + v] += counts ? result * (value - centre[v]) : A(0);
+                        narrow(result, stored.lane[v]);
                     }
-                    narrow(result, stored.lane[v]);
+                    if (p < columns) *reinterpret_cast<Vector<T, V>*>(to) = stored;
                 }
-                *reinterpret_cast<Vector<T, V>*>(g.grad_x + (pixel + p) * g.channels + channel) = stored;
             }
         }
     }
@@ -162,18 +197,19 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<K>) data_g
     }
 }
 
-// grid: channels, chunks of items. partial: [chunks, taps, channels].
+// grid: channels, chunks of items, groups of rows of taps. partial: [chunks, taps, channels].
 template <typename T, int K, int S>
-__global__ void __launch_bounds__(kDepthwiseThreads, kWeightBlocksPerProcessor<K>) weight_gradient(
+__global__ void __launch_bounds__(kDepthwiseThreads, kBackwardBlocksPerProcessor<K>) weight_gradient(
     const BackwardArguments<T> g) {
     using A = Accumulator<T>;
-    constexpr int V = kVector<K>, P = kWeightPixels<K, S>, I = (P - 1) * S + K, pad = K / 2;
-    __shared__ A shared[K * K * 32 * V];
+    constexpr int V = kVector<K>, P = kWeightPixels<K, S>, I = (P - 1) * S + K, pad = K / 2, R = kTapRows<K>;
+    __shared__ A shared[R * K * 32 * V];
     const int first_channel = blockIdx.x * blockDim.x * V, channel = first_channel + threadIdx.x * V;
+    const int first_row = blockIdx.z * R;
     const int present = present_channels(g.present, g.channels);
     if (first_channel >= present) return;
 
-    A own[K][K][V] = {};
+    A own[R][K][V] = {};
     if (channel < present) {
         const Incoming<V, A> incoming(g.norm, g.relu, channel, g.channels);
         const Activation<V, A> activate(g.scale, g.shift, g.in_relu, channel, g.channels);
@@ -184,38 +220,24 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kWeightBlocksPerProcessor<K
             const int ox = run * P, left = ox * S - pad;
             const int64_t pixel = (static_cast<int64_t>(n) * g.out_height + oy) * g.out_width + ox;
             A dz[P][V];
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-                Vector<T, V> gradient, output;
-                const bool inside = ox + p < g.out_width;
-                if (inside) {
-                    gradient = *reinterpret_cast<const Vector<T, V>*>(g.grad + (pixel + p) * g.grad_pitch + channel);
-                    output = *reinterpret_cast<const Vector<T, V>*>(g.z + (pixel + p) * g.z_pitch + channel);
-                }
-#pragma unroll
-                for (int v = 0; v < V; ++v)
-                    dz[p][v] = inside ? incoming(widen(gradient.lane[v]), widen(output.lane[v]), v) : A(0);
-            }
+            load_incoming<P, V>(g.grad + pixel * g.grad_pitch + channel, g.z + pixel * g.z_pitch + channel,
+                                g.grad_pitch, g.z_pitch, columns_inside<P>(ox, g.out_width), incoming, dz);
+            const unsigned inside = columns_inside<I>(left, g.width);
             const T* image = g.x + static_cast<int64_t>(n) * g.height * g.width * g.x_pitch + channel;
 #pragma unroll
-            for (int ky = 0; ky < K; ++ky) {
-                const int iy = oy * S - pad + ky;
-                if (iy < 0 || iy >= g.height) continue;
-                const T* row = image + static_cast<int64_t>(iy) * g.width * g.x_pitch;
+            for (int r = 0; r < R; ++r) {
+                const int iy = oy * S - pad + first_row + r;
+                if (iy < 0 || iy >= g.height || first_row + r >= K) continue;
+                A in[I][V];
+                load_run<I, V>(image + (static_cast<int64_t>(iy) * g.width + left) * g.x_pitch, g.x_pitch, inside,
+                               activate, in);
 #pragma unroll
-                for (int i = 0; i < I; ++i) {
-                    const int ix = left + i;
-                    Vector<T, V> loaded;
-                    const bool inside = ix >= 0 && ix < g.width;
-                    if (inside) loaded = *reinterpret_cast<const Vector<T, V>*>(row + ix * g.x_pitch);
+                for (int i = 0; i < I; ++i)
 #pragma unroll
-                    for (int v = 0; v < V; ++v) {
-                        const A value = inside ? activate(widen(loaded.lane[v]), v) : A(0);
+                    for (int v = 0; v < V; ++v)
 #pragma unroll
                         for (int p = 0; p < P; ++p)
-                            if (i >= p * S && i - p * S < K) own[ky][i - p * S][v] += value * dz[p][v];
-                    }
-                }
+                            if (i >= p * S && i - p * S < K) own[r][i - p * S][v] += in[i][v] * dz[p][v];
             }
         }
     }
@@ -225,7 +247,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kWeightBlocksPerProcessor<K
     for (int turn = 0; turn < static_cast<int>(blockDim.y); ++turn) {
         if (static_cast<int>(threadIdx.y) == turn) {
 #pragma unroll
-            for (int tap = 0; tap < K * K; ++tap)
+            for (int tap = 0; tap < R * K; ++tap)
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     A& sum = shared[tap * across + threadIdx.x * V + v];
@@ -234,9 +256,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kWeightBlocksPerProcessor<K
         }
         __syncthreads();
     }
-    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < across * K * K; i += kDepthwiseThreads) {
-        const int tap = i / across, c = first_channel + i % across;
-        if (c < g.channels) g.partial[(static_cast<int64_t>(blockIdx.y) * K * K + tap) * g.channels + c] = shared[i];
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < across * R * K; i += kDepthwiseThreads) {
+        const int tap = first_row * K + i / across, c = first_channel + i % across;
+        if (c < g.channels && tap < K * K)
+            g.partial[(static_cast<int64_t>(blockIdx.y) * K * K + tap) * g.channels + c] = shared[i];
     }
 }
 
@@ -278,8 +301,8 @@ bool backward_has_pairs(const Depthwise& layer, const DepthwiseGradient& gradien
            has_pairs(layer.dtype, gradient.grad_x, layer.channels);
 }
 
-DepthwisePlan data_plan(const Depthwise& layer, int vector, int pixels) {
-    return plan_depthwise(layer, layer.height, layer.width, vector, pixels, kDataBlocks, 1);
+DepthwisePlan data_plan(const Depthwise& layer, int vector, int rows, int pixels) {
+    return plan_depthwise(layer, divide_up(layer.height, rows), layer.width, vector, pixels, kDataBlocks, 1);
 }
 
 DepthwisePlan weight_plan(const Depthwise& layer, int vector, int pixels) {
@@ -289,7 +312,7 @@ DepthwisePlan weight_plan(const Depthwise& layer, int vector, int pixels) {
 template <typename T, int K, int S>
 const char* run(const Depthwise& layer, const DepthwiseGradient& gradient, void* workspace, void* stream) {
     using A = Accumulator<T>;
-    const DepthwisePlan data = data_plan(layer, kVector<K>, kDataPixels<K, S>);
+    const DepthwisePlan data = data_plan(layer, kVector<K>, kDataRows<K>, kDataPixels<K, S>);
     const DepthwisePlan weight = weight_plan(layer, kVector<K>, kWeightPixels<K, S>);
     BackwardArguments<T> g;
     g.grad = static_cast<const T*>(gradient.grad), g.z = static_cast<const T*>(gradient.z);
@@ -319,7 +342,8 @@ const char* run(const Depthwise& layer, const DepthwiseGradient& gradient, void*
     g.runs = weight.runs, g.items = weight.items, g.items_per_chunk = weight.items_per_chunk;
     g.partial += 2 * data.chunks * layer.channels;
     if constexpr (K != 0) {
-        SPOS_LAUNCH((weight_gradient<T, K, S>), dim3(weight.channel_blocks, weight.chunks), weight.block, 0, stream, g);
+        const dim3 grid(weight.channel_blocks, weight.chunks, divide_up(K, kTapRows<K>));
+        SPOS_LAUNCH((weight_gradient<T, K, S>), grid, weight.block, 0, stream, g);
     } else {
         SPOS_LAUNCH((weight_gradient_of_tap<T>), dim3(weight.channel_blocks, weight.chunks, taps), weight.block, 0,
                     stream, g);
@@ -335,12 +359,10 @@ const char* run(const Depthwise& layer, const DepthwiseGradient& gradient, void*
 
 int64_t depthwise_backward_workspace_bytes(const Depthwise& layer) {
     const int64_t item = layer.dtype == DType::float64 ? sizeof(double) : sizeof(float);
-    int64_t data = 0, weight = 0;  // chunks, whichever kernels will run
-    for (const int vector : {1, 2})
-        for (const int pixels : {1, 3, 4, 5, 7, 8}) {
-            data = std::max(data, data_plan(layer, vector, pixels).chunks);
-            weight = std::max(weight, weight_plan(layer, vector, pixels).chunks);
-        }
+    // Whichever kernels will run.
+    const int64_t data = std::max(data_plan(layer, 1, 1, 1).chunks, data_plan(layer, 2, 2, 4).chunks);
+    int64_t weight = weight_plan(layer, 1, 1).chunks;
+    for (const int pixels : {3, 4}) weight = std::max(weight, weight_plan(layer, 2, pixels).chunks);
     return (2 * data + layer.kernel * layer.kernel * weight) * layer.channels * item;
 }
 

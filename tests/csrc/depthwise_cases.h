@@ -126,6 +126,8 @@ inline std::vector<Sizes> depthwise_sizes() {
         {2, 7, 9, 6, 3, 1, 0, 0, -1, false, true},
         {2, 7, 9, 6, 5, 2, 0, 0, -1, false, false},
         {2, 7, 9, 5, 3, 1, 0, 0, -1, true, false},
+        {2, 6, 8, 12, 3, 1, 0, 0, 7, true, false},
+        {1, 9, 8, 12, 7, 2, 0, 0, 3, false, false},
         {1, 7, 9, 6, 7, 1, 0, 0, -1, true, false},
     };
 }

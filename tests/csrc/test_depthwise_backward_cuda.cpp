@@ -12,12 +12,14 @@ constexpr double kGamma = 1.2;
 // A layer with what its backward pass is given. grad is a slice in the middle of a wider gradient; all that is not to
 // be read is NaN.
 struct Given : Layer {
-    static constexpr int64_t kBefore = 2, kAfter = 4;
+    static constexpr int64_t kBefore = 2;
+    int64_t after;  // channels behind the slice
     Values grad, z, norm, centre;
     bool relu;
 
-    Given(const Sizes& s, DType type, bool relu)
+    Given(const Sizes& s, DType type, bool relu, int64_t after = 4)
         : Layer(s, type),
+          after(after),
           grad(type, out_pixels() * grad_pitch()),
           z(type, out_pixels() * s.channels),
           norm(test::statistics_of(type), 5 * s.channels),
@@ -40,7 +42,7 @@ struct Given : Layer {
         }
     }
 
-    int64_t grad_pitch() const { return kBefore + sizes.channels + kAfter; }
+    int64_t grad_pitch() const { return kBefore + sizes.channels + after; }
     double norm_at(int row, int64_t c) const { return norm[row * sizes.channels + c]; }
 
     // scale * z + shift before the output's ReLU, and the gradient of z.
@@ -154,6 +156,12 @@ TEST(every_mask_agrees) {
                                           relu);
                         check_gradients(given, Result(given));
                     }
+}
+
+// A gradient whose pixels lie an odd number of elements apart cannot be read in pairs, and is not.
+TEST(odd_pitches_are_read_one_by_one) {
+    const Given given({1, 5, 9, 4, 3, 1}, DType::float16, true, 3);
+    check_gradients(given, Result(given));
 }
 
 // Several chunks of items, of which each thread has more than one; channels in several blocks.

@@ -13,10 +13,11 @@ using spos::bindings::Kernel, spos::bindings::Kernels;
 namespace {
 
 std::vector<Kernels> families() {
+    using namespace spos::bindings;
     return {
-        spos::bindings::batchnorm_kernels(),
+        batchnorm_kernels(),   blocks_kernels(), unit_infer_kernels(), units_kernels(),
 #ifdef SPOS_FAST_WITH_CUDA
-        spos::bindings::blocks_cuda_kernels(),
+        blocks_cuda_kernels(),
 #endif
     };
 }

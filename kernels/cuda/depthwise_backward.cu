@@ -340,7 +340,6 @@ const char* run(const Depthwise& layer, const DepthwiseGradient& gradient, void*
 
     const int taps = g.kernel * g.kernel, stored = static_cast<int>(gradient.stored);
     g.runs = weight.runs, g.items = weight.items, g.items_per_chunk = weight.items_per_chunk;
-    g.partial += 2 * data.chunks * layer.channels;
     if constexpr (K != 0) {
         const dim3 grid(weight.channel_blocks, weight.chunks, divide_up(K, kTapRows<K>));
         SPOS_LAUNCH((weight_gradient<T, K, S>), grid, weight.block, 0, stream, g);
@@ -359,11 +358,11 @@ const char* run(const Depthwise& layer, const DepthwiseGradient& gradient, void*
 
 int64_t depthwise_backward_workspace_bytes(const Depthwise& layer) {
     const int64_t item = layer.dtype == DType::float64 ? sizeof(double) : sizeof(float);
-    // Whichever kernels will run.
+    // Whichever kernels will run; they take turns, and so they share it.
     const int64_t data = std::max(data_plan(layer, 1, 1, 1).chunks, data_plan(layer, 2, 2, 4).chunks);
     int64_t weight = weight_plan(layer, 1, 1).chunks;
     for (const int pixels : {3, 4}) weight = std::max(weight, weight_plan(layer, 2, pixels).chunks);
-    return (2 * data + layer.kernel * layer.kernel * weight) * layer.channels * item;
+    return std::max(2 * data, layer.kernel * layer.kernel * weight) * layer.channels * item;
 }
 
 const char* depthwise_backward(const Depthwise& layer, const DepthwiseGradient& gradient, void* workspace,

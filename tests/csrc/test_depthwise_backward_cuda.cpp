@@ -55,6 +55,7 @@ struct Given : Layer {
 
 struct Result {
     Values x, weight, sum, product;
+    bool pairs;  // of channels are read at once
     const char* error;
 
     explicit Result(const Given& given, bool backwards = false, bool sums = true)
@@ -76,6 +77,7 @@ struct Result {
                                                weight.data(),
                                                sum.data(),
                                                product.data()};
+        pairs = cuda::backward_has_pairs(given.arguments, gradient);
         error = cuda::depthwise_backward(given.arguments, gradient, workspace.data(), nullptr);
         CHECK(workspace.guarded() && x.guarded() && weight.guarded() && sum.guarded() && product.guarded());
     }
@@ -160,8 +162,10 @@ TEST(every_mask_agrees) {
 
 // A gradient whose pixels lie an odd number of elements apart cannot be read in pairs, and is not.
 TEST(odd_pitches_are_read_one_by_one) {
-    const Given given({1, 5, 9, 4, 3, 1}, DType::float16, true, 3);
-    check_gradients(given, Result(given));
+    const Given given({1, 5, 9, 4, 3, 1}, DType::float16, true, 3), even({1, 5, 9, 4, 3, 1}, DType::float16, true);
+    const Result result(given);
+    CHECK(!result.pairs && Result(even).pairs);
+    check_gradients(given, result);
 }
 
 // Several chunks of items, of which each thread has more than one; channels in several blocks.

@@ -31,6 +31,9 @@ using Kernels = std::vector<Kernel>;
 // One a family, in its file.
 Kernels batchnorm_kernels();
 Kernels blocks_kernels();
+#ifdef SPOS_FAST_WITH_CUDA
+Kernels blocks_cuda_kernels();
+#endif
 Kernels unit_infer_kernels();
 Kernels units_kernels();
 

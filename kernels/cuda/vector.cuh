@@ -20,6 +20,20 @@ __device__ inline float widen(__nv_bfloat16 value) {
     return __bfloat162float(value);
 }
 
+// Rounds to the nearest value that the element type of `to` can store.
+__device__ inline void narrow(float value, float& to) {
+    to = value;
+}
+__device__ inline void narrow(double value, double& to) {
+    to = value;
+}
+__device__ inline void narrow(float value, __half& to) {
+    to = __float2half_rn(value);
+}
+__device__ inline void narrow(float value, __nv_bfloat16& to) {
+    to = __float2bfloat16_rn(value);
+}
+
 // float for the 16- and 32-bit types, double for double.
 template <typename T>
 using Accumulator = decltype(widen(T{}));

@@ -61,6 +61,36 @@ inline float __half2float(__half value) {
 inline float __bfloat162float(__nv_bfloat16 value) {
     return spos::widen(static_cast<spos::BFloat16>(value));
 }
+// To nearest, ties to even, as the GPU rounds.
+inline __half __float2half_rn(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7fffu;
+    } else if (magnitude < 0x38800000u) {
+        // Below the normal halves: adding 0.5 leaves the multiple of 2^-24 in the lowest bits of the sum.
+        float small;
+        std::memcpy(&small, &magnitude, sizeof small);
+        small += 0.5f;
+        std::memcpy(&half, &small, sizeof half);
+        half -= 0x3f000000u;
+    } else {
+        half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+        if (half > 0x7c00u) half = 0x7c00u;
+    }
+    __half result;
+    result.bits = static_cast<uint16_t>(sign | half);
+    return result;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    __nv_bfloat16 result;
+    result.bits = value != value ? 0x7fff : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    return result;
+}
 
 // --- Threads ---
 namespace spos::shim {

@@ -63,6 +63,24 @@ TEST(a_race_shows) {
     CHECK(forwards != backwards);
 }
 
+// All 16-bit patterns come back as they were, and what lies half way goes to the even neighbour.
+TEST(floats_are_rounded_to_nearest) {
+    for (uint32_t bits = 0; bits < 0x7c00; ++bits) {  // to 65504
+        __half low, high;
+        low.bits = static_cast<uint16_t>(bits), high.bits = static_cast<uint16_t>(bits + 1);
+        const float value = __half2float(low);
+        CHECK(__float2half_rn(value).bits == bits && __float2half_rn(-value).bits == (bits | 0x8000u));
+        if (bits == 0x7bff) break;
+        const float middle = value + (__half2float(high) - value) / 2;
+        CHECK(__float2half_rn(middle).bits == (bits % 2 == 0 ? bits : bits + 1));
+        CHECK(__float2half_rn(std::nextafter(middle, 1e9f)).bits == bits + 1);
+        CHECK(__float2half_rn(std::nextafter(middle, 0.0f)).bits == bits);
+    }
+    CHECK(__float2half_rn(65520.0f).bits == 0x7c00 && __float2half_rn(1e30f).bits == 0x7c00);
+    CHECK(std::isnan(__half2float(__float2half_rn(NAN))) && std::isnan(__bfloat162float(__float2bfloat16_rn(NAN))));
+    CHECK(__float2bfloat16_rn(1.00390625f).bits == 0x3f80 && __float2bfloat16_rn(1.01171875f).bits == 0x3f82);
+}
+
 TEST(bad_launches_are_refused) {
     int out = 0;
     SPOS_LAUNCH(sum_of_block, dim3(1), dim3(2048), 0, nullptr, &out, &out);

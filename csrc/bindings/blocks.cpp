@@ -133,11 +133,16 @@ Statistics3 pw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
         using T = decltype(type);
         using A = typename Compute<T>::type;
         const Loaded<T> loaded(image, scale, shift, relu, first, step, in);
-        const Moments moments = pointwise_forward(
-            Pointwise<T>{loaded.input, pixels_of(x), used_channels(width_in, in), used_out,
-                         static_cast<const T*>(packed.const_data_ptr()), weight.size(1),
-                         static_cast<T*>(z.mutable_data_ptr()), out, {}},
-            parallel_for);
+        const Moments moments = pointwise_forward(Pointwise<T>{loaded.input,
+                                                               pixels_of(x),
+                                                               used_channels(width_in, in),
+                                                               used_out,
+                                                               static_cast<const T*>(packed.const_data_ptr()),
+                                                               weight.size(1),
+                                                               static_cast<T*>(z.mutable_data_ptr()),
+                                                               out,
+                                                               {}},
+                                                  parallel_for);
         mean = statistics_tensor<A>(x, moments.mean, out), m2 = statistics_tensor<A>(x, moments.m2, out);
     });
     return {z, mean, m2};
@@ -154,10 +159,13 @@ Statistics3 dw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
         using T = decltype(type);
         using A = typename Compute<T>::type;
         const Loaded<T> loaded(image, scale, shift, relu, 0, 1, channels);
-        const Moments moments =
-            depthwise_forward(Depthwise<T>{loaded.input, window, static_cast<const T*>(packed.const_data_ptr()),
-                                           static_cast<T*>(z.mutable_data_ptr()), channels, {}},
-                              parallel_for);
+        const Moments moments = depthwise_forward(Depthwise<T>{loaded.input,
+                                                               window,
+                                                               static_cast<const T*>(packed.const_data_ptr()),
+                                                               static_cast<T*>(z.mutable_data_ptr()),
+                                                               channels,
+                                                               {}},
+                                                  parallel_for);
         mean = statistics_tensor<A>(x, moments.mean, channels), m2 = statistics_tensor<A>(x, moments.m2, channels);
     });
     return {z, mean, m2};
@@ -224,8 +232,11 @@ struct MadeOnLoad {
     MadeOnLoad(const Tensor& grad, int64_t pitch, const Tensor& z, const Tensor& norm, bool relu) {
         const int64_t channels = z.size(1);
         for (int i = 0; i < 5; ++i) rows[i] = padded<A>(norm, i * channels, channels);
-        output = {static_cast<const T*>(grad.const_data_ptr()), nullptr, pitch,
-                  static_cast<const T*>(z.const_data_ptr()),    channels,
+        output = {static_cast<const T*>(grad.const_data_ptr()),
+                  nullptr,
+                  pitch,
+                  static_cast<const T*>(z.const_data_ptr()),
+                  channels,
                   {rows[0].data(), rows[1].data(), rows[2].data(), rows[3].data(), rows[4].data(), relu}};
     }
 };
@@ -270,11 +281,10 @@ Gradients pw_bnstats_backward_cpu(const Tensor& grad, const Tensor& z, const Ten
         InputGradient<T> gradient;
         gradient.to = static_cast<T*>(grad_x.mutable_data_ptr()), gradient.pitch = in;
         const GradientSums sums = pointwise_backward(
-            PointwiseBackward<T>{made.output, loaded.input, centred ? middle.data() : nullptr, at_middle.data(),
-                                 centre.has_value(), pixels_of(x), used_in, used_out,
-                                 static_cast<const T*>(packed.const_data_ptr()),
-                                 static_cast<T*>(grad_weight.mutable_data_ptr()), weight.size(0), weight.size(1),
-                                 gradient},
+            PointwiseBackward<T>{
+                made.output, loaded.input, centred ? middle.data() : nullptr, at_middle.data(), centre.has_value(),
+                pixels_of(x), used_in, used_out, static_cast<const T*>(packed.const_data_ptr()),
+                static_cast<T*>(grad_weight.mutable_data_ptr()), weight.size(0), weight.size(1), gradient},
             parallel_for);
         sum = statistics_tensor<A>(x, sums.sum, centre ? in : 0);
         product = statistics_tensor<A>(x, sums.product, centre ? in : 0);
@@ -334,10 +344,12 @@ std::tuple<Tensor, Tensor> bn_act_cat_backward_cpu(const Tensor& grad, int64_t f
         using A = typename Compute<T>::type;
         const Lines<A> rows[] = {padded<A>(scale, 0, channels), padded<A>(shift, 0, channels),
                                  padded<A>(mean, 0, channels)};
-        const OutputGradient<T> output{
-            static_cast<const T*>(behind.const_data_ptr()) + first, nullptr, grad.size(1),
-            static_cast<const T*>(image.const_data_ptr()), channels,
-            {rows[0].data(), rows[1].data(), rows[2].data(), nullptr, nullptr, relu}};
+        const OutputGradient<T> output{static_cast<const T*>(behind.const_data_ptr()) + first,
+                                       nullptr,
+                                       grad.size(1),
+                                       static_cast<const T*>(image.const_data_ptr()),
+                                       channels,
+                                       {rows[0].data(), rows[1].data(), rows[2].data(), nullptr, nullptr, relu}};
         const GradientSums sums = output_sums(output, pixels_of(z), channels, parallel_for);
         sum = statistics_tensor<A>(z, sums.sum, channels), product = statistics_tensor<A>(z, sums.product, channels);
     });

@@ -84,18 +84,9 @@ UnitArguments unit_arguments(UnitKind kind, const Tensor& x, std::vector<Tensor>
         given.weights.push_back(torch::stable::contiguous(weight));
         data.push_back({given.weights.back().const_data_ptr(), weight.size(2)});
     }
-    const UnitShape shape{kind,
-                          dtype,
-                          x.size(0),
-                          x.size(2),
-                          x.size(3),
-                          x.size(1),
-                          proj_dw.has_value(),
-                          mid,
-                          used_channels(width, mid),
-                          stored,
-                          made,
-                          stride};
+    const UnitShape shape{
+        kind,   dtype, x.size(0), x.size(2), x.size(3), x.size(1), proj_dw.has_value(), mid, used_channels(width, mid),
+        stored, made,  stride};
     given.unit = spos::cpu::unit_of(shape, data);
     const int64_t normalised = given.unit.normalised();
     given.gamma = bn_vector(gamma, "gamma", normalised, statistics_type(dtype));
@@ -110,12 +101,10 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs forward(const UnitArguments& given, bool save) {
     const Unit& unit = given.unit;
-    const Tensor out =
-        kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
+    const Tensor out = kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
     const Tensor saved = kept_values(given.x, save ? unit.saved_size() : 0);
     // Nobody reads absent channels, but equal calls should return equal bits.
-    if (save && given.narrowed)
-        std::memset(saved.mutable_data_ptr(), 0, unit.saved_size() * item_size(unit.dtype));
+    if (save && given.narrowed) std::memset(saved.mutable_data_ptr(), 0, unit.saved_size() * item_size(unit.dtype));
     const Tensor mean = torch::stable::new_empty(given.x, {unit.normalised()}, statistics_type(unit.dtype));
     const Tensor var = torch::stable::new_empty(mean, {unit.normalised()});
     spos::cpu::unit_forward(unit,
@@ -131,16 +120,16 @@ std::array<Tensor, kCount> backward(const UnitArguments& given, const Tensor& gr
                                     const Tensor& mean, const Tensor& var) {
     const Unit& unit = given.unit;
     const ScalarType type = given.x.scalar_type(), statistics = statistics_type(unit.dtype);
-    STD_TORCH_CHECK(saved.scalar_type() == type && saved.numel() == unit.saved_size(),
-                    "saved must hold the ", unit.saved_size(), " values that a forward pass with save=True leaves");
+    STD_TORCH_CHECK(saved.scalar_type() == type && saved.numel() == unit.saved_size(), "saved must hold the ",
+                    unit.saved_size(), " values that a forward pass with save=True leaves");
     STD_TORCH_CHECK(grad.scalar_type() == type && grad.dim() == 4 && grad.size(0) == unit.samples &&
                         grad.size(1) == unit.out_channels() && grad.size(2) == unit.out_height() &&
                         grad.size(3) == unit.out_width(),
                     "grad must have the shape and dtype of the unit's output");
     for (const Tensor* values : {&mean, &var})
-        STD_TORCH_CHECK(values->scalar_type() == statistics && values->dim() == 1 &&
-                            values->size(0) == unit.normalised(),
-                        "mean and var must be what the forward pass returned");
+        STD_TORCH_CHECK(
+            values->scalar_type() == statistics && values->dim() == 1 && values->size(0) == unit.normalised(),
+            "mean and var must be what the forward pass returned");
     const Tensor out = channels_last(grad), z = torch::stable::contiguous(saved);
     const Tensor means = torch::stable::contiguous(mean), vars = torch::stable::contiguous(var);
     std::array<Tensor, kCount> made;
@@ -153,11 +142,11 @@ std::array<Tensor, kCount> backward(const UnitArguments& given, const Tensor& gr
         if (there) weights.push_back(made[1 + i].mutable_data_ptr());
     }
     for (size_t i = kCount - 2; i < kCount; ++i) made[i] = torch::stable::new_empty(means, {unit.normalised()});
-    spos::cpu::unit_backward(unit,
-                             {out.const_data_ptr(), z.const_data_ptr(), means.const_data_ptr(), vars.const_data_ptr(),
-                              made[0].mutable_data_ptr(), weights, made[kCount - 2].mutable_data_ptr(),
-                              made[kCount - 1].mutable_data_ptr()},
-                             parallel_for);
+    spos::cpu::unit_backward(
+        unit,
+        {out.const_data_ptr(), z.const_data_ptr(), means.const_data_ptr(), vars.const_data_ptr(),
+         made[0].mutable_data_ptr(), weights, made[kCount - 2].mutable_data_ptr(), made[kCount - 1].mutable_data_ptr()},
+        parallel_for);
     return made;
 }
 

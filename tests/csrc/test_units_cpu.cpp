@@ -40,9 +40,12 @@ constexpr DType kDType = std::is_same_v<T, double>     ? DType::float64
 
 template <typename T>
 T stored(double value) {
-    if constexpr (std::is_same_v<T, BFloat16>) return {spos::test::to_bfloat16_bits(static_cast<float>(value))};
-    else if constexpr (std::is_same_v<T, Half>) return {spos::test::to_half_bits(static_cast<float>(value))};
-    else return static_cast<T>(value);
+    if constexpr (std::is_same_v<T, BFloat16>)
+        return {spos::test::to_bfloat16_bits(static_cast<float>(value))};
+    else if constexpr (std::is_same_v<T, Half>)
+        return {spos::test::to_half_bits(static_cast<float>(value))};
+    else
+        return static_cast<T>(value);
 }
 
 template <typename T>

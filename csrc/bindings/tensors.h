@@ -31,6 +31,7 @@ using Kernels = std::vector<Kernel>;
 // One a family, in its file.
 Kernels batchnorm_kernels();
 Kernels blocks_kernels();
+Kernels unit_infer_kernels();
 Kernels units_kernels();
 
 inline DType dtype_of(const Tensor& x, const char* argument) {

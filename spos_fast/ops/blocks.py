@@ -80,8 +80,8 @@ def pw_bnstats(
         channels_in: how many of the stored input channels are used, the first ones; None for all. Or an int32 tensor []
             on x's device, read at run time (a CUDA graph may be replayed on another value): sizes then are those of
             all stored channels, and scale and shift of that size.
-        channels_out: likewise, of the stored output channels. Given as a tensor, absent channels have zeros in mean and
-            m2 and in all gradients; what z holds there is not specified.
+        channels_out: likewise, of the stored output channels. Given as a tensor, absent channels are zero in z, mean
+            and m2 and in all gradients. Zeros in z cost a pass of their own; the raw op leaves there what it finds.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
@@ -93,7 +93,8 @@ def pw_bnstats(
     used_out, width_out = width_of("channels_out", channels_out, stored[0])
     _check_pw(x, weight, scale, shift, first, step, used_in, used_out, width_in, width_out)
     x = channels_last(x, "pw_bnstats")
-    return BNStats(*_pw_op(x, weight, scale, shift, relu, first, step, used_in, used_out, width_in, width_out))
+    made = _pw_op(x, weight, scale, shift, relu, first, step, used_in, used_out, width_in, width_out)
+    return _without_absent(made, width_out)
 
 
 def dw_bnstats(
@@ -129,7 +130,7 @@ def dw_bnstats(
     used, width = width_of("channels", channels, stored)
     _check_dw(x, weight, scale, shift, stride, used, width)
     x = channels_last(x, "dw_bnstats")
-    return BNStats(*_dw_op(x, weight, scale, shift, relu, stride, used, width))
+    return _without_absent(_dw_op(x, weight, scale, shift, relu, stride, used, width), width)
 
 
 def pw_bnstats_reference(
@@ -167,6 +168,11 @@ def dw_bnstats_reference(
     a = activation(x[:, :channels], scale, shift, relu)
     z = functional.conv2d(a, weight[:channels], None, stride, weight.shape[2] // 2, groups=channels)
     return _with_statistics(z, width)
+
+
+def _without_absent(made: tuple[Tensor, Tensor, Tensor], width: Tensor | None) -> BNStats:
+    z, mean, m2 = made
+    return BNStats(only_present(z, width, 1), mean, m2)
 
 
 def _with_statistics(z: Tensor, width: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,31 +87,63 @@ def test_every_op_has_samples() -> None:
     assert set(SAMPLES) == set(OPS)
 
 
+def nudged(arguments: Arguments, seed: int) -> Arguments:
+    """Values that differ in float32's last bit; the arguments themselves for seed 0."""
+    if seed == 0:
+        return arguments
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(x: Tensor) -> Tensor:
+        signs = 2 * torch.randint(0, 2, x.shape, generator=generator) - 1
+        return torch.empty_like(x).copy_(x * (1 + 2**-23 * signs))
+
+    return tuple(nudge(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments)
+
+
+def excess(op: Op, kernel: Any, arguments: Arguments, device: str, draws: int) -> list[str]:
+    """Outputs whose error against double is more than twice the reference's in the same dtype.
+
+    Args:
+        op: whose reference counts.
+        kernel: what is judged.
+        arguments: a sample.
+        device: where to run both.
+        draws: rounding errors are a matter of luck; the squares of this many draws are added.
+    """
+    ours: list[float] = []
+    eager: list[float] = []
+    for seed in range(draws):
+        given = nudged(arguments, seed)
+        exact, here = op.reference(*widened(given)), on(given, device)
+        outputs = kernel(*here)
+        draw = errors(outputs, exact), errors(op.reference(*here), exact)
+        ours, eager = (
+            [a + b * b for a, b in zip(s or [0.0] * len(d), d, strict=True)]
+            for s, d in zip((ours, eager), draw, strict=True)
+        )
+    # The floor, a few roundings of the output, is for a reference that is right by luck.
+    floor = [(4 * torch.finfo(tensor.dtype).eps) ** 2 * draws for tensor in tensors(outputs)]
+    return [
+        f"output {place}: {a**0.5:.2e} for the reference's {b**0.5:.2e}"
+        for place, (a, b, least) in enumerate(zip(ours, eager, floor, strict=True))
+        if not a <= max(4 * b, least)
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_agree(name: str, device: str) -> None:
     """Native, Triton and CPU kernels: error against double at most twice the reference's in the same dtype."""
     op = op_on(name, device)
+    kernels = {f"chosen ({op.choices[device].kernel})": op.overload}
+    if device == "cuda" and not op.plain:
+        assert op.choices["cuda"].kernel in ("native", "triton"), op.choices["cuda"].reason
+        if op.triton is not None:
+            kernels["triton"] = op.triton
     for arguments in SAMPLES[name]():
-        exact = op.reference(*widened(arguments))
-        here = on(arguments, device)
-        kernels = {f"chosen ({op.choices[device].kernel})": op.overload}
-        if device == "cuda":
-            expected = "native" if native.build_info()["cuda"] else "triton"
-            assert op.choices["cuda"].kernel == expected, op.choices["cuda"].reason
-            if op.triton is not None:
-                kernels["triton"] = op.triton
-        allowed = errors(op.reference(*here), exact)
         for label, kernel in kernels.items():
-            outputs = kernel(*here)
-            # The floor, a few roundings of the output, is for a reference that is right by luck.
-            floor = [4 * torch.finfo(tensor.dtype).eps for tensor in tensors(outputs)]
-            for got, eager, least in zip(errors(outputs, exact), allowed, floor, strict=True):
-                assert got <= max(2 * eager, least), (
-                    label,
-                    [tuple(a.shape) for a in tensors(arguments[0])],
-                    got,
-                    eager,
-                )
+            if excess(op, kernel, arguments, device, 1):
+                found = excess(op, kernel, arguments, device, 8)
+                assert not found, (label, [tuple(a.shape) for a in tensors(arguments[0])], found)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,6 +219,8 @@ def test_opcheck(name: str, gpu: str) -> None:
 def test_inductor(name: str, gpu: str) -> None:
     """torch.compile with its own back end takes the op in one graph."""
     op = op_on(name, gpu)
+    if op.choices[gpu].kernel == "composite":
+        pytest.skip(f"{name} is compiled as the ops of PyTorch that it consists of, and rounds as those do")
     here = on(SAMPLES[name]()[0], gpu)
     compiled = torch.compile(lambda *arguments: op.overload(*arguments), fullgraph=True)
     assert identical(compiled(*here), op.overload(*here))

@@ -101,12 +101,10 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs forward(const UnitArguments& given, bool save) {
     const Unit& unit = given.unit;
-    const Tensor out =
-        kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
+    const Tensor out = kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
     const Tensor saved = kept_values(given.x, save ? unit.saved_size() : 0);
     // Nobody reads absent channels, but equal calls should return equal bits.
-    if (save && given.narrowed)
-        std::memset(saved.mutable_data_ptr(), 0, unit.saved_size() * item_size(unit.dtype));
+    if (save && given.narrowed) std::memset(saved.mutable_data_ptr(), 0, unit.saved_size() * item_size(unit.dtype));
     const Tensor mean = torch::stable::new_empty(given.x, {unit.normalised()}, statistics_type(unit.dtype));
     const Tensor var = torch::stable::new_empty(mean, {unit.normalised()});
     spos::cpu::unit_forward(unit,

@@ -124,7 +124,7 @@ struct InputGradient {
     using A = typename Compute<T>::type;
     A* inner = nullptr;  // [pixels, pitch], whole packs a pixel; may be the OutputGradient's where that is allowed
     int64_t pitch = 0;
-    T* to = nullptr;  // else
+    T* to = nullptr;           // else
     const A* other = nullptr;  // added, if given
     int64_t other_pitch = 0;
     const T* even = nullptr;  // if given, the even channels of `to`; then the gradient is that of the odd ones

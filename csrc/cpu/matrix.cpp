@@ -6,7 +6,7 @@ namespace {
 // R rows by N packs. Rows are reached from every third row's pointer: one pointer a row would not fit in the general
 // registers, and base + step and base + 2 step cost nothing.
 template <int R, int N, typename A>
-SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c) {
+SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c, const char* ahead) {
     using Pack = decltype(load_pack(a));
     constexpr int kGroups = (R + 2) / 3;
     const A* base[kGroups];
@@ -18,7 +18,9 @@ SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c
         for (int j = 0; j < N; ++j) sum[i][j] = load_pack(start + i * p.start_pitch + j * kPack);
 
     const A* b = p.b;
-    for (int64_t k = 0; k < p.depth; ++k) {
+    for (int64_t k = 0; k < p.depth; ++k, ahead += p.ahead_step) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + 64, 0, 2);
         Pack row[N];
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) row[j] = load_pack(b + j * kPack);
@@ -40,8 +42,9 @@ SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c
 
 template <int R, int N, typename A>
 SPOS_SIMD_INLINE int64_t tiles(const Product<A>& p, int64_t i) {
-    for (; i + R <= p.rows; i += R)
-        tile<R, N>(p, p.a + i * p.row_step, p.start + i * p.start_pitch, p.c + i * p.c_pitch);
+    const char* ahead = p.ahead ? p.ahead : reinterpret_cast<const char*>(p.b);
+    for (; i + R <= p.rows; i += R, ahead += p.depth * p.ahead_step)
+        tile<R, N>(p, p.a + i * p.row_step, p.start + i * p.start_pitch, p.c + i * p.c_pitch, ahead);
     return i;
 }
 

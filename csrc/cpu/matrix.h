@@ -84,10 +84,10 @@ Packed<A> pack_transposed(const T* weights, int64_t pitch, int64_t depth, int64_
                 A square[kPack][kPack] = {};
                 for (int64_t c = 0; c < kPack && first + j + c < columns; ++c) {
                     const T* row = weights + (first + j + c) * pitch + top;
-                    for (int64_t k = 0; k < rows; ++k) square[k][c] = scale ? widen(row[k]) * scale[top + k] : widen(row[k]);
+                    for (int64_t k = 0; k < rows; ++k)
+                        square[k][c] = scale ? widen(row[k]) * scale[top + k] : widen(row[k]);
                 }
-                for (int64_t k = 0; k < rows; ++k)
-                    std::memcpy(to + (top + k) * width + j, square[k], sizeof square[k]);
+                for (int64_t k = 0; k < rows; ++k) std::memcpy(to + (top + k) * width + j, square[k], sizeof square[k]);
             }
         }
         to += depth * width;
@@ -98,7 +98,8 @@ Packed<A> pack_transposed(const T* weights, int64_t pitch, int64_t depth, int64_
 // C[i][j] = start[i][j] + sum over k < depth of A[i][k] B[k][j], for i < rows and j < packs * kPack.
 //   A[i][k] = a[i * row_step + k * depth_step]; B[k][j] = b[k * b_pitch + j]; C[i][j] = c[i * c_pitch + j];
 //   start likewise with its pitch: 0 repeats one row, and C itself may be given.
-// packs <= panel_packs(). The order of the sum is that of k, whatever the machine.
+// packs <= panel_packs(). The order of the sum is that of k, whatever the machine. Meanwhile memory from `ahead` on is
+// asked for, ahead_step bytes (128 at most) a step of the sum, for whatever comes next; null: none.
 template <typename A>
 struct Product {
     const A* a;
@@ -110,6 +111,8 @@ struct Product {
     int64_t start_pitch;
     A* c;
     int64_t c_pitch;
+    const char* ahead = nullptr;
+    int64_t ahead_step = 0;
 };
 
 void multiply(const Product<float>& product);

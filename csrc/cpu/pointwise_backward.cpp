@@ -1,5 +1,5 @@
-// gradient = dz weight, and weight's gradient = dz^T input, block by block. The sums that the BN in front needs are taken
-// while a block's gradient and input are in the cache.
+// gradient = dz weight, and weight's gradient = dz^T input, block by block. The sums that the BN in front needs are
+// taken while a block's gradient and input are in the cache.
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/matrix.h"
 #include "csrc/cpu/unit_passes.h"
@@ -37,8 +37,7 @@ class PointwiseGradients {
             std::fill_n(input.get(), kBlock * in_pitch_, A(0));
             for (int64_t task = begin; task < end; ++task)
                 for (int64_t pixel = tasks_.begin(task); pixel < tasks_.end(task); pixel += kBlock)
-                    block(task, pixel, std::min(kBlock, tasks_.end(task) - pixel), dz.get(), input.get(),
-                          buffer.get());
+                    block(task, pixel, std::min(kBlock, tasks_.end(task) - pixel), dz.get(), input.get(), buffer.get());
         });
         A* product = products_.get();
         parallel_for(l_.out, [&](int64_t begin, int64_t end) {
@@ -54,8 +53,8 @@ class PointwiseGradients {
         l_.output.load(pixel, pixels, 0, l_.out, dz, out_pitch_);
         load_input(pixel, pixels, input);
         if (!dz_sums_.empty())
-            gradient_sums(static_cast<const A*>(dz), out_pitch_, static_cast<const A*>(dz), out_pitch_, pixels, l_.out, plain(), dz_sums_.data() + task * l_.out,
-                          dz_squares_.data() + task * l_.out);
+            gradient_sums(static_cast<const A*>(dz), out_pitch_, static_cast<const A*>(dz), out_pitch_, pixels, l_.out,
+                          plain(), dz_sums_.data() + task * l_.out, dz_squares_.data() + task * l_.out);
         const bool in_place = l_.gradient.inner != nullptr;
         A* gradient = in_place ? l_.gradient.inner + pixel * l_.gradient.pitch : buffer;
         const int64_t pitch = in_place ? l_.gradient.pitch : in_pitch_;
@@ -134,7 +133,8 @@ class PointwiseGradients {
             const int64_t used = o < l_.out ? l_.in : 0;
             const A* product = products_.get() + o * in_pitch_;
             if (centred_ && used) {
-                for (int64_t j = 0; j < used; ++j) row[j] = l_.input.scale ? l_.input.scale[j] * product[j] : product[j];
+                for (int64_t j = 0; j < used; ++j)
+                    row[j] = l_.input.scale ? l_.input.scale[j] * product[j] : product[j];
                 const A dz_sum = dz_sums_.empty() ? 0 : static_cast<A>(dz_sums_[o]);
                 for (int64_t j = 0; j < used && !dz_sums_.empty(); ++j) row[j] += l_.at_centre[j] * dz_sum;
                 product = row.data();
@@ -183,8 +183,8 @@ GradientSums output_sums(const OutputGradient<T>& output, int64_t pixels, int64_
     return {std::move(sums), std::move(products)};
 }
 
-#define SPOS_INSTANTIATE(T)                                                                         \
-    template GradientSums pointwise_backward(const PointwiseBackward<T>&, const ParallelFor&);      \
+#define SPOS_INSTANTIATE(T)                                                                    \
+    template GradientSums pointwise_backward(const PointwiseBackward<T>&, const ParallelFor&); \
     template GradientSums output_sums(const OutputGradient<T>&, int64_t, int64_t, const ParallelFor&);
 SPOS_INSTANTIATE(float)
 SPOS_INSTANTIATE(double)

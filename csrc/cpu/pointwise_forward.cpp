@@ -5,7 +5,8 @@
 namespace spos::cpu {
 namespace {
 
-constexpr int64_t kStep = 28;  // pixels between two rounds of prefetching in a matrix product
+constexpr int64_t kStep = 28;      // pixels between two rounds of prefetching in a matrix product
+constexpr int64_t kTileRows = 14;  // of these, in one tile
 
 template <typename T>
 class PointwiseForward {
@@ -64,8 +65,6 @@ class PointwiseForward {
             if (folded_) from.scale = nullptr;
             from.load(pixel, 1, pixels, 0, l_.in, buffer, l_.in);
         }
-        // What the passing channels' copy reads arrives in one stream anyway.
-        const int64_t size = l_.passing.x ? 0 : (l_.in - 1) * l_.input.step * int64_t(sizeof(T)) + int64_t(sizeof(T));
         const int64_t rounds = packed_.panels() * divide_up(pixels, kStep);
         int64_t round = 0;
         for (int64_t panel = 0; panel < packed_.panels(); ++panel) {
@@ -78,10 +77,12 @@ class PointwiseForward {
                 prefetch_rows<true>(to + row * l_.z_pitch, l_.z_pitch * sizeof(T), rows, used * sizeof(T));
                 const int64_t soon = std::min(l_.pixels, pixel + pixels + kBlock * round / rounds);
                 const int64_t later = std::min(l_.pixels, pixel + pixels + kBlock * (round + 1) / rounds);
-                prefetch_rows<false>(l_.input.start + soon * l_.input.pitch, l_.input.pitch * sizeof(T), later - soon,
-                                     size);
+                const int64_t bytes = (later - soon) * l_.input.pitch * int64_t(sizeof(T));
+                const int64_t steps = divide_up(rows, kTileRows) * l_.in;
                 multiply(Product<A>{input + row * pixel_step, pixel_step, channel_step, packed_.panel(panel), width,
-                                    rows, packs, l_.in, start_.data() + first, 0, results + row * width, width});
+                                    rows, packs, l_.in, start_.data() + first, 0, results + row * width, width,
+                                    reinterpret_cast<const char*>(l_.input.start + soon * l_.input.pitch),
+                                    std::min<int64_t>(bytes / steps, 128)});
             }
             store_with_moments(results, width, pixels, used, to, l_.z_pitch, done, mean + first, m2 + first);
         }
@@ -119,8 +120,8 @@ void pass_on(const Passing<T>& passing, int64_t pixels, int64_t channels, const 
     });
 }
 
-#define SPOS_INSTANTIATE(T)                                                           \
-    template Moments pointwise_forward(const Pointwise<T>&, const ParallelFor&);      \
+#define SPOS_INSTANTIATE(T)                                                                           \
+    template Moments pointwise_forward(const Pointwise<T>&, const ParallelFor&);                      \
     template void activate(const Input<T>&, int64_t, int64_t, T*, int64_t, bool, const ParallelFor&); \
     template void pass_on(const Passing<T>&, int64_t, int64_t, const ParallelFor&);
 SPOS_INSTANTIATE(float)

@@ -6,20 +6,23 @@
 
 #include "csrc/dtype.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+// SPOS_FIXED_TARGET leaves all to the compiler's own target: tests run the code of lesser machines with it.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(SPOS_FIXED_TARGET)
+#define SPOS_SIMD_CHOICE
 #include <immintrin.h>
 #endif
 
 // The loader picks the best clone for the machine that runs it: GCC on x86-64 with glibc, whose ifunc clones need.
 // Elsewhere the compiler's own target is used.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef SPOS_SIMD_CHOICE
 #define SPOS_SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SPOS_SIMD_CLONES
 #endif
 
 // Code that is only worth having with the 32 vector registers of AVX-512; callers ask machine_is_wide() first.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef SPOS_SIMD_CHOICE
 #define SPOS_SIMD_WIDE __attribute__((target("arch=x86-64-v4")))
 #else
 #define SPOS_SIMD_WIDE
@@ -31,7 +34,7 @@
 namespace spos::cpu {
 
 inline bool machine_is_wide() {
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef SPOS_SIMD_CHOICE
     static const bool wide = __builtin_cpu_supports("x86-64-v4");
     return wide;
 #elif defined(__AVX512F__)
@@ -90,7 +93,7 @@ SPOS_SIMD_INLINE void store_pack(double* to, const DoublePack& pack) {
 
 // Past the caches, to an address that is a multiple of the pack's size: for what fits in no cache, and so would only be
 // read before it is written, and push out what is needed. Only for code under SPOS_SIMD_WIDE.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef SPOS_SIMD_CHOICE
 SPOS_SIMD_WIDE inline __attribute__((always_inline)) void stream_pack(float* to, const FloatPack& pack) {
     _mm512_stream_ps(to, reinterpret_cast<__m512>(pack));
 }

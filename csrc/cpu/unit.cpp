@@ -57,8 +57,8 @@ Unit unit_of(const UnitShape& shape, const std::vector<Weight>& weights) {
     auto pointwise = [&](const Width& in, const Width& out) {
         return Layer{false, in.used, out.used, out.laid, 1, 1, weights[next++].data, out.stored, in.stored};
     };
-    Unit unit{shape.dtype, shape.samples, shape.height, shape.width, shape.channels, nullptr, {}, {}, nullptr,
-              nullptr,     1e-5};
+    Unit unit{shape.dtype, shape.samples, shape.height, shape.width, shape.channels, nullptr, {},
+              {},          nullptr,       nullptr,      1e-5};
     auto& main = unit.main;
     if (shape.kind == UnitKind::shuffle) {
         main.push_back(pointwise(outer, inner));

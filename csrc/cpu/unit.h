@@ -14,12 +14,12 @@ namespace spos::cpu {
 // A convolution and the BN behind it, with ReLU if the convolution is 1x1.
 struct Layer {
     bool depthwise;
-    int64_t in, out;      // channels, those that are used
-    int64_t laid_out;     // channels that the layer has where results lie; from `out` on they are absent
-    int64_t kernel;       // odd, padded by kernel / 2; 1x1: 1
-    int64_t stride;       // 1x1: 1
-    const void* weight;   // [rows, row]: 1x1 [outputs, inputs], depthwise [channels, kernel * kernel]
-    int64_t rows, row;    // as stored; the first `out` rows, and of 1x1 ones the first `in` columns, are read
+    int64_t in, out;     // channels, those that are used
+    int64_t laid_out;    // channels that the layer has where results lie; from `out` on they are absent
+    int64_t kernel;      // odd, padded by kernel / 2; 1x1: 1
+    int64_t stride;      // 1x1: 1
+    const void* weight;  // [rows, row]: 1x1 [outputs, inputs], depthwise [channels, kernel * kernel]
+    int64_t rows, row;   // as stored; the first `out` rows, and of 1x1 ones the first `in` columns, are read
 };
 
 // Images are channels last and packed. "Statistics type" is double for float64, float for the others.
@@ -36,10 +36,10 @@ struct Unit {
     int64_t stride() const;
     int64_t out_height() const { return (height - 1) / stride() + 1; }
     int64_t out_width() const { return (width - 1) / stride() + 1; }
-    int64_t passing() const;       // channels of the output in front of those that `main` makes
+    int64_t passing() const;  // channels of the output in front of those that `main` makes
     int64_t out_channels() const;
-    int64_t normalised() const;    // BN channels of all layers, main chain first
-    int64_t saved_size() const;    // values in the outputs of all convolutions
+    int64_t normalised() const;  // BN channels of all layers, main chain first
+    int64_t saved_size() const;  // values in the outputs of all convolutions
     // Layers in the order in which their results lie.
     std::vector<const Layer*> layers() const;
     // Pixels of a chain's layer's output, all samples.
@@ -49,8 +49,8 @@ struct Unit {
 enum class UnitKind { shuffle, xception };
 
 // Sizes of the units of the search space: shuffle is 1x1 to `mid`, depthwise, 1x1 to `made`; xception is three times
-// depthwise and 1x1, to `mid`, `mid` and `made`. A projection is a depthwise layer and a 1x1 one that keep the channels.
-// The first depthwise layer of each chain has the stride.
+// depthwise and 1x1, to `mid`, `mid` and `made`. A projection is a depthwise layer and a 1x1 one that keep the
+// channels. The first depthwise layer of each chain has the stride.
 struct UnitShape {
     UnitKind kind;
     DType dtype;

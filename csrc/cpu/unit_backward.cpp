@@ -83,10 +83,10 @@ class Backward {
             const Layer& layer = layers[i];
             auto at = [&](const void* data) { return data ? static_cast<const A*>(data) + normalised_ : nullptr; };
             const int64_t pixels = u_.pixels_behind(layers, i);
-            found.push_back({&layer,
-                             Norm<A>(layer.out, at(g_.mean), at(g_.var), at(u_.gamma), at(u_.beta), u_.epsilon,
-                                     !layer.depthwise),
-                             normalised_, saved_, height, width, pixels, static_cast<T*>(g_.weights[weights_++])});
+            found.push_back(
+                {&layer,
+                 Norm<A>(layer.out, at(g_.mean), at(g_.var), at(u_.gamma), at(u_.beta), u_.epsilon, !layer.depthwise),
+                 normalised_, saved_, height, width, pixels, static_cast<T*>(g_.weights[weights_++])});
             normalised_ += layer.laid_out, saved_ += pixels * layer.laid_out;
             height = (height - 1) / layer.stride + 1, width = (width - 1) / layer.stride + 1;
         }
@@ -96,7 +96,11 @@ class Backward {
     // From the gradient of the output's channels from `first` on to that of the chain's input.
     void chain(std::vector<Step<T>>& steps, int64_t first, const InputGradient<T>& x) {
         const bool splits = u_.projection.empty();
-        OutputGradient<T> output{grad_ + first, nullptr, grad_pitch_, steps.back().z, steps.back().layer->laid_out,
+        OutputGradient<T> output{grad_ + first,
+                                 nullptr,
+                                 grad_pitch_,
+                                 steps.back().z,
+                                 steps.back().layer->laid_out,
                                  steps.back().norm.gradient()};
         finish(steps.back(), output_sums(output, steps.back().pixels, steps.back().layer->out, parallel_for_));
         int64_t pitch = 0;
@@ -112,8 +116,8 @@ class Backward {
             const A *centre = nullptr, *at_centre = nullptr;
             if (i > 0) {
                 const Norm<A>& norm = steps[i - 1].norm;
-                input = {steps[i - 1].z, steps[i - 1].layer->laid_out, 1, norm.affine.scale.data(),
-                         norm.affine.shift.data(), norm.relu};
+                input = {steps[i - 1].z,           steps[i - 1].layer->laid_out, 1,
+                         norm.affine.scale.data(), norm.affine.shift.data(),     norm.relu};
                 centre = norm.mean.data(), at_centre = norm.beta.empty() ? nullptr : norm.beta.data();
                 const bool in_place = output.inner && (!layer.depthwise || works_in_place(window));
                 if (!in_place) now = 1 - now;
@@ -127,15 +131,14 @@ class Backward {
                     ? depthwise_backward(DepthwiseBackward<T>{output, input, centre, window, weight,
                                                               step.weight_gradient, layer.rows, gradient},
                                          parallel_for_)
-                    : pointwise_backward(
-                          PointwiseBackward<T>{output, input, centre, at_centre, i > 0, step.pixels, layer.in,
-                                               layer.out, weight, step.weight_gradient, layer.rows, layer.row,
-                                               gradient},
-                          parallel_for_);
+                    : pointwise_backward(PointwiseBackward<T>{output, input, centre, at_centre, i > 0, step.pixels,
+                                                              layer.in, layer.out, weight, step.weight_gradient,
+                                                              layer.rows, layer.row, gradient},
+                                         parallel_for_);
             if (i == 0) return;
             finish(steps[i - 1], sums);
-            output = {nullptr, buffers[now].get(), pitch, steps[i - 1].z, steps[i - 1].layer->laid_out,
-                      steps[i - 1].norm.gradient()};
+            output = {nullptr,        buffers[now].get(),           pitch,
+                      steps[i - 1].z, steps[i - 1].layer->laid_out, steps[i - 1].norm.gradient()};
         }
     }
 

@@ -245,37 +245,37 @@ SPOS_SIMD_INLINE void added_rows(const A* from, int64_t pitch, int64_t pixels, i
 }
 
 // Clones cannot be templates: one named function for each pair of types.
-#define SPOS_STORAGE(T, A)                                                                                           \
-    SPOS_SIMD_CLONES void sums_clone(const T* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, \
-                                     int64_t channels, const NormGradient<A>& norm, double* sum, double* product) {  \
-        if (norm.relu)                                                                                               \
-            sums_rows<true>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, sum, product);                     \
-        else                                                                                                         \
-            sums_rows<false>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, sum, product);                    \
-    }                                                                                                                \
-    SPOS_SIMD_CLONES void masked_clone(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z,   \
-                                       int64_t z_pitch, int64_t pixels, int64_t channels, const A* centre, A* to,    \
-                                       int64_t to_pitch, double* sum, double* product) {                             \
-        if (y && centre)                                                                                             \
-            masked_rows<true, true>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to, to_pitch, \
-                                    sum, product);                                                                   \
-        else if (y)                                                                                                  \
-            masked_rows<true, false>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,         \
-                                     to_pitch, sum, product);                                                        \
-        else if (centre)                                                                                             \
-            masked_rows<false, true>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,         \
-                                     to_pitch, sum, product);                                                        \
-        else                                                                                                         \
-            masked_rows<false, false>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,        \
-                                      to_pitch, sum, product);                                                       \
-    }                                                                                                                \
-    SPOS_SIMD_CLONES void interleave_clone(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch,       \
-                                           int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {              \
-        interleave_rows(even, even_pitch, odd, odd_pitch, pixels, channels, to, to_pitch);                           \
-    }                                                                                                                \
-    SPOS_SIMD_CLONES void rounded_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,       \
-                                        int64_t to_pitch) {                                                          \
-        rounded_rows(from, pitch, pixels, channels, to, to_pitch);                                                   \
+#define SPOS_STORAGE(T, A)                                                                                             \
+    SPOS_SIMD_CLONES void sums_clone(const T* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels,   \
+                                     int64_t channels, const NormGradient<A>& norm, double* sum, double* product) {    \
+        if (norm.relu)                                                                                                 \
+            sums_rows<true>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, sum, product);                       \
+        else                                                                                                           \
+            sums_rows<false>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, sum, product);                      \
+    }                                                                                                                  \
+    SPOS_SIMD_CLONES void masked_clone(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z,     \
+                                       int64_t z_pitch, int64_t pixels, int64_t channels, const A* centre, A* to,      \
+                                       int64_t to_pitch, double* sum, double* product) {                               \
+        if (y && centre)                                                                                               \
+            masked_rows<true, true>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to, to_pitch,  \
+                                    sum, product);                                                                     \
+        else if (y)                                                                                                    \
+            masked_rows<true, false>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to, to_pitch, \
+                                     sum, product);                                                                    \
+        else if (centre)                                                                                               \
+            masked_rows<false, true>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to, to_pitch, \
+                                     sum, product);                                                                    \
+        else                                                                                                           \
+            masked_rows<false, false>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,          \
+                                      to_pitch, sum, product);                                                         \
+    }                                                                                                                  \
+    SPOS_SIMD_CLONES void interleave_clone(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch,         \
+                                           int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {                \
+        interleave_rows(even, even_pitch, odd, odd_pitch, pixels, channels, to, to_pitch);                             \
+    }                                                                                                                  \
+    SPOS_SIMD_CLONES void rounded_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,         \
+                                        int64_t to_pitch) {                                                            \
+        rounded_rows(from, pitch, pixels, channels, to, to_pitch);                                                     \
     }
 #define SPOS_GRADIENT(G, T, A)                                                                                       \
     SPOS_SIMD_CLONES void norm_clone(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, \
@@ -359,14 +359,14 @@ void add_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, A*
     added_clone(from, pitch, pixels, channels, to, to_pitch);
 }
 
-#define SPOS_INSTANTIATE(T, A)                                                                                      \
-    template void gradient_sums(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&,     \
-                                double*, double*);                                                                  \
-    template void norm_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&, A*, \
-                                int64_t);                                                                           \
-    template void masked_gradient(const A*, int64_t, const A*, int64_t, const T*, int64_t, int64_t, int64_t,        \
-                                  const A*, A*, int64_t, double*, double*);                                         \
-    template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*, int64_t, bool);            \
+#define SPOS_INSTANTIATE(T, A)                                                                                         \
+    template void gradient_sums(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&,        \
+                                double*, double*);                                                                     \
+    template void norm_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&, A*,    \
+                                int64_t);                                                                              \
+    template void masked_gradient(const A*, int64_t, const A*, int64_t, const T*, int64_t, int64_t, int64_t, const A*, \
+                                  A*, int64_t, double*, double*);                                                      \
+    template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*, int64_t, bool);               \
     template void store_rows(const A*, int64_t, int64_t, int64_t, T*, int64_t, bool);
 SPOS_INSTANTIATE(float, float)
 SPOS_INSTANTIATE(double, double)

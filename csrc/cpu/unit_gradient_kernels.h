@@ -31,8 +31,8 @@ template <typename G, typename T, typename A>
 void norm_gradient(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
                    const NormGradient<A>& norm, A* to, int64_t to_pitch);
 
-// to[p] = grad[p] where y[p] is positive, else 0; sums as in gradient_sums, with z's distance from `centre`. One pack of
-// channels, of which `channels` count; all are written. y: null for no mask; centre: null for no sums. In place is
+// to[p] = grad[p] where y[p] is positive, else 0; sums as in gradient_sums, with z's distance from `centre`. One pack
+// of channels, of which `channels` count; all are written. y: null for no mask; centre: null for no sums. In place is
 // allowed.
 template <typename T, typename A>
 void masked_gradient(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z, int64_t z_pitch,

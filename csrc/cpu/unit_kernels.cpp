@@ -38,8 +38,7 @@ SPOS_SIMD_INLINE void even_rows(const T* x, int64_t pitch, int64_t pixels, int64
     for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch) {
         int64_t c = 0;
         if constexpr (sizeof(T) >= sizeof(float))
-            for (; c + kPack <= channels; c += kPack)
-                store_pack(to + c, load_every_other(x + 2 * c));
+            for (; c + kPack <= channels; c += kPack) store_pack(to + c, load_every_other(x + 2 * c));
         for (; c < channels; ++c) to[c] = x[2 * c];
     }
 }
@@ -174,7 +173,8 @@ SPOS_SIMD_INLINE void depthwise_tiles(const A* const* rows, int64_t count, const
             x += 7;
         }
     }
-    for (; x < width; x += 4) depthwise_tile<kKernel, kStride, 4>(rows, x, count, weights, width - x, to + x * pitch, pitch);
+    for (; x < width; x += 4)
+        depthwise_tile<kKernel, kStride, 4>(rows, x, count, weights, width - x, to + x * pitch, pitch);
 }
 
 // Any kernel size.
@@ -185,7 +185,8 @@ SPOS_SIMD_INLINE void depthwise_any(const A* const* rows, int64_t count, const A
         decltype(load_pack(weights)) sum = {};
         for (int64_t ky = 0; ky < count; ++ky)
             for (int64_t kx = 0; kx < kernel; ++kx)
-                sum += load_pack(weights + (ky * kernel + kx) * kPack) * load_pack(rows[ky] + (stride * x + kx) * kPack);
+                sum +=
+                    load_pack(weights + (ky * kernel + kx) * kPack) * load_pack(rows[ky] + (stride * x + kx) * kPack);
         store_pack(to + x * pitch, sum);
     }
 }
@@ -225,17 +226,18 @@ SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count,
     depthwise<false>(rows, count, weights, kernel, width, to, pitch, stride);
 }
 
-#define SPOS_STORAGE(T, A)                                                                                     \
-    SPOS_SIMD_CLONES void even_clone(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to,       \
-                                     int64_t to_pitch) {                                                       \
-        even_rows(x, pitch, pixels, channels, to, to_pitch);                                                   \
-    }                                                                                                          \
-    SPOS_SIMD_CLONES void copy_clone(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) { \
-        copy_rows(from, pitch, step, pixels, channels, to, to_pitch); \
-    } \
-    SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, \
-                                        int64_t to_pitch, int64_t done, double* mean, double* m2) {            \
-        moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                             \
+#define SPOS_STORAGE(T, A)                                                                                         \
+    SPOS_SIMD_CLONES void even_clone(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to,           \
+                                     int64_t to_pitch) {                                                           \
+        even_rows(x, pitch, pixels, channels, to, to_pitch);                                                       \
+    }                                                                                                              \
+    SPOS_SIMD_CLONES void copy_clone(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, \
+                                     A* to, int64_t to_pitch) {                                                    \
+        copy_rows(from, pitch, step, pixels, channels, to, to_pitch);                                              \
+    }                                                                                                              \
+    SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,     \
+                                        int64_t to_pitch, int64_t done, double* mean, double* m2) {                \
+        moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                                 \
     }
 #define SPOS_CONVERSION(T, U, A)                                                                                       \
     SPOS_SIMD_CLONES void affine_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, \
@@ -306,7 +308,7 @@ void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* 
 }
 
 #define SPOS_INSTANTIATE(T, A)                                                                                     \
-    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t); \
+    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t);                        \
     template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool);                      \
     template void store_with_moments(const A*, int64_t, int64_t, int64_t, T*, int64_t, int64_t, double*, double*); \
     template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool);

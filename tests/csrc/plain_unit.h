@@ -63,9 +63,7 @@ struct PlainLayer {
 
     Values backward(Values grad) {
         gamma_gradient.assign(layer.out, 0), beta_gradient.assign(layer.out, 0);
-        auto normal = [&](size_t i) {
-            return (z[i] - mean[i % layer.out]) / std::sqrt(var[i % layer.out] + epsilon);
-        };
+        auto normal = [&](size_t i) { return (z[i] - mean[i % layer.out]) / std::sqrt(var[i % layer.out] + epsilon); };
         for (size_t i = 0; i < grad.size(); ++i) {
             const int64_t c = i % layer.out;
             if (!layer.depthwise && !(y[i] > 0)) grad[i] = 0;
@@ -100,7 +98,8 @@ struct PlainUnit {
         for (auto [from, to] : {std::pair{&unit.main, &main}, std::pair{&unit.projection, &projection}}) {
             int64_t height = unit.height, width = unit.width;
             for (const cpu::Layer& layer : *from) {
-                PlainLayer plain{layer, unit.samples, height, width, {}, {}, {}, unit.epsilon, {}, {}, {}, {}, {}, {}, {}, {}};
+                PlainLayer plain{layer, unit.samples, height, width, {}, {}, {}, unit.epsilon,
+                                 {},    {},           {},     {},    {}, {}, {}, {}};
                 const int64_t columns = layer.depthwise ? layer.row : layer.in;
                 for (int64_t o = 0; o < layer.out; ++o)
                     for (int64_t i = 0; i < columns; ++i) plain.weight.push_back(value(index, o * layer.row + i));
@@ -133,8 +132,7 @@ struct PlainUnit {
         out.clear();
         for (int64_t p = 0; p < pixels; ++p)
             for (int64_t c = 0; c < channels; ++c)
-                out.push_back(c < passing ? front[p * passing + c]
-                                          : main_out[p * (channels - passing) + c - passing]);
+                out.push_back(c < passing ? front[p * passing + c] : main_out[p * (channels - passing) + c - passing]);
 
         Values main_grad = channels_of(grad, channels, passing, 1, channels - passing);
         Values front_grad = channels_of(grad, channels, 0, 1, passing);
@@ -142,9 +140,7 @@ struct PlainUnit {
         for (size_t i = projection.size(); i-- > 0;) front_grad = projection[i].backward(front_grad);
         x_gradient.assign(x.size(), 0);
         for (size_t i = 0; i < x.size(); ++i)
-            x_gradient[i] = !splits    ? main_grad[i] + front_grad[i]
-                            : i % 2    ? main_grad[i / 2]
-                                       : front_grad[i / 2];
+            x_gradient[i] = !splits ? main_grad[i] + front_grad[i] : i % 2 ? main_grad[i / 2] : front_grad[i / 2];
         for (auto* chain : {&main, &projection})
             for (const PlainLayer& layer : *chain)
                 for (int64_t c = 0; c < layer.layer.laid_out; ++c) {

@@ -10,45 +10,63 @@ from torch import Tensor, nn
 
 from spos_fast import ops
 from spos_fast.calibration import MODES, recalibrate
-from spos_fast.nn import ShuffleUnit, fused
+from spos_fast.nn import ShuffleUnit, XceptionUnit
 from spos_fast.ops.dispatch import OPS
 
 LAST = torch.channels_last
 
 
+UNITS = {
+    "shuffle": (ShuffleUnit, (12, 12, 10, 5), "shuffle_unit"),
+    "shuffle stride 2": (ShuffleUnit, (12, 26, 10, 3, 2), "shuffle_unit"),
+    "shuffle widening": (ShuffleUnit, (12, 26, 10, 3, 1), "shuffle_unit"),
+    "xception": (XceptionUnit, (12, 12, 10), "xception_unit"),
+    "xception stride 2": (XceptionUnit, (12, 26, 10, 2), "xception_unit"),
+}
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every call of the fused op."""
-    if OPS["shuffle_unit"].choices["cpu"].kernel == "reference":
-        pytest.skip("no native kernel in this build")
-    found: list[int] = []
-    plain = ops.shuffle_unit
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of every fused op that is called."""
+    found: list[str] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        found.append(1)
-        return plain(*args, **kwargs)
+    def counted(name: str) -> Any:
+        plain = getattr(ops, name)
 
-    monkeypatch.setattr(ops, "shuffle_unit", counted)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found.append(name)
+            return plain(*args, **kwargs)
+
+        return run
+
+    for kind in ("shuffle_unit", "xception_unit"):
+        for name in (kind, f"{kind}_infer"):
+            if OPS[name].choices["cpu"].kernel == "reference":
+                pytest.skip("no native kernel in this build")
+            monkeypatch.setattr(ops, name, counted(name))
     return found
 
 
-def unit(affine: bool = True, seed: int = 0) -> ShuffleUnit:
+def unit(name: str = "shuffle", affine: bool = True, seed: int = 0) -> Any:
     """A unit with weights, scales, shifts and running statistics that are not their defaults."""
     torch.manual_seed(seed)
-    made = ShuffleUnit(12, 12, 10, 5, affine=affine)
+    made, sizes, _ = UNITS[name]
+    made = made(*sizes, affine=affine)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
-        for name, buffer in made.named_buffers():
+        for key, buffer in made.named_buffers():
             if buffer.dim():
-                buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_()
+                buffer.uniform_(0.5, 1.5) if key.endswith("var") else buffer.normal_()
     return made.to(memory_format=LAST)
 
 
-def plainly(made: ShuffleUnit, x: Tensor) -> Tensor:
+def plainly(made: Any, x: Tensor) -> Tensor:
     """The unit's modules one after the other."""
-    return torch.cat((x[:, ::2], made.branch_main(x[:, 1::2])), 1)
+    if made.branch_proj is None:
+        return torch.cat((x[:, ::2], made.branch_main(x[:, 1::2])), 1)
+    return torch.cat((made.branch_proj(x), made.branch_main(x)), 1)
 
 
 def images(seed: int, size: int = 3) -> Tensor:
@@ -58,9 +76,10 @@ def images(seed: int, size: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0])
 @pytest.mark.parametrize("affine", [True, False])
-def test_training_is_that_of_the_modules(calls: list[int], affine: bool, momentum: float | None) -> None:
+@pytest.mark.parametrize("name", UNITS)
+def test_training_is_that_of_the_modules(calls: list[str], name: str, affine: bool, momentum: float | None) -> None:
     """Output, gradients, running statistics and counts over three steps, for every kind of momentum."""
-    ours, theirs = unit(affine), unit(affine)
+    ours, theirs = unit(name, affine), unit(name, affine)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for module in (*ours.modules(), *theirs.modules()):
         if isinstance(module, nn.BatchNorm2d):
@@ -69,18 +88,29 @@ def test_training_is_that_of_the_modules(calls: list[int], affine: bool, momentu
     for step in range(3):
         x, y = images(step).requires_grad_(), images(step).requires_grad_()
         out, wanted = ours(x), plainly(theirs, y)
-        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
         (out.sin().sum() / 10).backward()
         (wanted.sin().sum() / 10).backward()
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 3
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
-    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+    assert calls == [UNITS[name][2]] * 3
+    for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=key)
+    for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
 
 
-def test_statistics_that_are_not_tracked_stay_away(calls: list[int]) -> None:
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", UNITS)
+def test_evaluation_is_that_of_the_modules(calls: list[str], name: str, affine: bool) -> None:
+    """Without gradients running statistics are folded in; with them the modules run."""
+    made = unit(name, affine).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(made(images(0)), plainly(made, images(0)), rtol=1e-5, atol=1e-5)
+    assert calls == [f"{UNITS[name][2]}_infer"]
+    assert made(images(0)).requires_grad and len(calls) == 1
+
+
+def test_statistics_that_are_not_tracked_stay_away(calls: list[str]) -> None:
     """track_running_stats=False: batch statistics in training and in evaluation, and nothing is stored."""
     made = ShuffleUnit(12, 12, 10, 3).to(memory_format=LAST)
     for place in (1, 4, 6):
@@ -89,13 +119,13 @@ def test_statistics_that_are_not_tracked_stay_away(calls: list[int]) -> None:
     for training in (True, False):
         made.train(training)
         torch.testing.assert_close(made(images(0)), plainly(made, images(0)))
-    assert len(calls) == 2
+    assert calls == ["shuffle_unit"] * 2
     assert all(buffer is None for module in made.branch_main for buffer in module._buffers.values())
 
 
-def test_who_looks_inside_gets_the_modules(calls: list[int]) -> None:
-    """Hooks on the branch, in it and global ones fire; evaluation, NCHW, other dtypes, changed layers: no op."""
-    made, seen = unit(), []
+def test_who_looks_inside_gets_the_modules(calls: list[str]) -> None:
+    """Hooks on a branch, in it and global ones fire; NCHW, other dtypes, mixed modes, changed layers: no op."""
+    made, seen = unit("shuffle stride 2"), []
 
     def note(*_: Any) -> None:
         seen.append(1)
@@ -106,12 +136,13 @@ def test_who_looks_inside_gets_the_modules(calls: list[int]) -> None:
         torch.testing.assert_close(made(x), plainly(made, x))
         assert len(calls) == before
 
-    for place in (made.branch_main, *made.branch_main):
+    branches = (made.branch_main, made.branch_proj)
+    for place in (*branches, *(layer for branch in branches for layer in branch)):
         for register in (place.register_forward_hook, place.register_forward_pre_hook):
             handle = register(note)
             plain()
             handle.remove()
-    assert len(seen) >= 2 * 9
+    assert len(seen) >= 2 * 15
     handle = nn.modules.module.register_module_forward_hook(note)
     plain()
     handle.remove()
@@ -120,9 +151,6 @@ def test_who_looks_inside_gets_the_modules(calls: list[int]) -> None:
     del made.branch_main[1].forward
     plain(images(0).contiguous())
     plain(images(0)[:, :, ::2])
-    made.eval()
-    plain()
-    made.train()
     made.branch_main[4].eval()
     plain()
     made.branch_main[4].train()
@@ -140,7 +168,7 @@ def test_who_looks_inside_gets_the_modules(calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_recalibration(calls: list[int], mode: str) -> None:
+def test_recalibration(calls: list[str], mode: str) -> None:
     """Every mode gives the statistics of the plain modules; pooled statistics need hooks and get the modules."""
     net, seen = nn.Sequential(unit(seed=1), unit(seed=2)), nn.Sequential(unit(seed=1), unit(seed=2))
     batches = [images(seed, size) for seed, size in enumerate((3, 3, 2))]
@@ -151,10 +179,9 @@ def test_recalibration(calls: list[int], mode: str) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_switched_off(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no kernel was chosen (SPOS_FAST_BACKEND=reference), the modules run."""
     made = unit()
-    assert fused.applies(images(0), made.branch_main)
     monkeypatch.setitem(OPS["shuffle_unit"].choices, "cpu", type(OPS["shuffle_unit"].choices["cpu"])("reference", ""))
     made(images(0))
     assert not calls

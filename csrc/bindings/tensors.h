@@ -28,7 +28,6 @@ using Kernels = std::vector<Kernel>;
 
 // One a family, in its file.
 Kernels batchnorm_kernels();
-Kernels units_kernels();
 
 inline DType dtype_of(const Tensor& x, const char* argument) {
     switch (x.scalar_type()) {

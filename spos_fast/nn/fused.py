@@ -1,4 +1,4 @@
-"""When a unit's modules can be run as one fused op, and running them so.
+"""When a choice block's modules can be run as one fused op, and running them so.
 
 The modules stay what they are: parameters, buffers and state-dict names do not change, and running statistics move as
 ``torch.nn.BatchNorm2d`` moves them.
@@ -6,6 +6,9 @@ The modules stay what they are: parameters, buffers and state-dict names do not 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,50 +19,111 @@ from spos_fast import ops
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
-_LAYERS: tuple[Any, ...] = (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU)
-_CONVOLUTIONS, _NORMS = (0, 3, 5), (1, 4, 6)
 _KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
-_FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the op stands in for
+_FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the ops stand in for
+_PROJECTION = (_CONV, _NORM, _CONV, _NORM, _RELU)
 
 
-def applies(x: Tensor, branch: nn.Sequential) -> bool:
-    """Whether the branch of a shuffle unit runs as the op: same result, faster, and nobody looks inside.
+@dataclass(frozen=True)
+class Plan:
+    """A block that an op computes.
 
-    It does on float32 images that are channels last, with batch statistics in all three layers, on devices that have a
-    kernel. Hooks on the branch or in it would not fire, and replaced forwards not be called, so they keep the plain
-    path; as do torch.compile, which fuses by itself, and autocast.
+    Attributes:
+        op: name of the op in training; with ``_infer`` behind it, of the one with statistics folded in.
+        layers: types of the branch's modules.
+        sliced: for every normalisation layer of the branch whether its channels are mid channels.
+    """
+
+    op: str
+    layers: tuple[type[nn.Module], ...]
+    sliced: tuple[bool, ...]
+
+
+SHUFFLE = Plan("shuffle_unit", (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU), (True, True, False))
+XCEPTION = Plan("xception_unit", _PROJECTION * 3, (False, True, True, True, True, False))
+
+
+def run(
+    plan: Plan, x: Tensor, branch: nn.Sequential, projection: nn.Sequential | None, stride: int, mid: int | None = None
+) -> Tensor | None:
+    """The block's output by its op; None where only the modules will do.
+
+    The op runs on float32 images that are channels last, on devices that have a kernel: with batch statistics in all
+    layers, or with running statistics in all layers where no gradient is wanted. Hooks on the branches or in them would
+    not fire, and replaced forwards not be called, so they keep the modules; as do torch.compile, which fuses by itself,
+    and autocast.
+
+    Args:
+        plan: which block it is.
+        x: [N, C, H, W].
+        branch, projection: the block's branches.
+        stride: of the block.
+        mid: how many mid channels are used, the first ones; None for all. Running statistics move inside of the slice.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or x.dtype != torch.float32:
-        return False
-    choice = OPS["shuffle_unit"].choices.get(x.device.type)
-    if choice is None or choice.kernel == "reference" or torch.is_autocast_enabled(x.device.type):
-        return False
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    layers = list(branch)
-    if len(layers) != len(_LAYERS) or any(type(a) is not b for a, b in zip(layers, _LAYERS, strict=True)):
-        return False
-    if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
-        return False
-    if _has_any_global_hook() or any(map(_changed, (branch, *layers))):
-        return False
-    norms = _norms(branch)
-    alike = len({norm.eps for norm in norms}) == 1 and len({norm.affine for norm in norms}) == 1
-    return alike and all(map(_on_batch_statistics, norms)) and all(p.dtype == x.dtype for p in branch.parameters())
+        return None
+    if torch.is_autocast_enabled(x.device.type) or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    branches = [(branch, plan.layers)] + ([(projection, _PROJECTION)] if projection is not None else [])
+    if _has_any_global_hook() or any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
+        return None
+    if not all(itertools.starmap(_plain, branches)):
+        return None
+    norms = [layer for part, _ in branches for layer in part if type(layer) is _NORM]
+    if len({(norm.eps, norm.affine) for norm in norms}) > 1 or not all(_is_float(part) for part, _ in branches):
+        return None
+    on_batch = [_on_batch_statistics(norm) for norm in norms]
+    if all(on_batch) and _has_kernel(plan.op, x):
+        return _train(plan, x, branch, projection, norms, stride, mid)
+    if not any(on_batch) and not _wants_gradients(x, branch, projection) and _has_kernel(f"{plan.op}_infer", x):
+        return _infer(plan, x, branch, projection, norms, stride, mid)
+    return None
 
 
-def shuffle_unit(x: Tensor, branch: nn.Sequential) -> Tensor:
-    """The unit of stride 1 whose branch is given, by ``ops.shuffle_unit``; running statistics move."""
-    pw1, dw, pw2 = (cast(nn.Conv2d, branch[at]).weight for at in _CONVOLUTIONS)
-    norms = _norms(branch)
-    gamma = torch.cat([norm.weight for norm in norms]) if norms[0].affine else None
-    beta = torch.cat([norm.bias for norm in norms]) if norms[0].affine else None
-    out, mean, var = ops.shuffle_unit(x, pw1, dw, pw2, gamma, beta, eps=norms[0].eps)
-    sizes = [norm.num_features for norm in norms]
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    for norm, norm_mean, norm_var in zip(norms, mean.split(sizes), var.split(sizes), strict=True):
-        move_statistics(norm, norm_mean, norm_var, count)
-    return out
+def _train(
+    plan: Plan,
+    x: Tensor,
+    branch: nn.Sequential,
+    projection: nn.Sequential | None,
+    norms: list[nn.BatchNorm2d],
+    stride: int,
+    mid: int | None,
+) -> Tensor:
+    widths = _widths(plan, norms, mid)
+    gamma = _joined(norms, widths, lambda norm: norm.weight) if norms[0].affine else None
+    beta = _joined(norms, widths, lambda norm: norm.bias) if norms[0].affine else None
+    given: dict[str, Any] = dict(
+        projection=projection and _weights(projection), mid=mid, stride=stride, eps=norms[0].eps
+    )
+    made = getattr(ops, plan.op)(x, *(_weights(branch) or ()), gamma, beta, **given)
+    height, width = made.out.shape[2:]
+    # Only a shuffle unit's first layer runs in front of the stride.
+    before = plan is SHUFFLE
+    means, variances = made.mean.split(widths), made.var.split(widths)
+    for position, (norm, mean, var) in enumerate(zip(norms, means, variances, strict=True)):
+        pixels = x.shape[2] * x.shape[3] if before and position == 0 else height * width
+        move_statistics(norm, mean, var, x.shape[0] * pixels)
+    return cast(Tensor, made.out)
+
+
+def _infer(
+    plan: Plan,
+    x: Tensor,
+    branch: nn.Sequential,
+    projection: nn.Sequential | None,
+    norms: list[nn.BatchNorm2d],
+    stride: int,
+    mid: int | None,
+) -> Tensor:
+    widths = _widths(plan, norms, mid)
+    scale = (_joined(norms, widths, lambda norm: norm.running_var) + norms[0].eps).rsqrt()
+    if norms[0].affine:
+        scale = scale * _joined(norms, widths, lambda norm: norm.weight)
+    shift = -_joined(norms, widths, lambda norm: norm.running_mean) * scale
+    if norms[0].affine:
+        shift = shift + _joined(norms, widths, lambda norm: norm.bias)
+    given: dict[str, Any] = dict(projection=_weights(projection), mid=mid, stride=stride)
+    return cast(Tensor, getattr(ops, f"{plan.op}_infer")(x, *(_weights(branch) or ()), scale, shift, **given))
 
 
 @torch.no_grad()
@@ -68,7 +132,7 @@ def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
 
     Args:
         norm: the layer.
-        mean, var: of the batch; the variance divided by ``count``.
+        mean, var: of the batch, of the first channels or of all; the variance divided by ``count``.
         count: values a channel.
     """
     if not norm.training or not norm.track_running_stats:
@@ -80,18 +144,53 @@ def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
         share = 1 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
     for running, value in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
         if running is not None:
-            running.mul_(1 - share).add_(value, alpha=share)
+            running[: len(value)].mul_(1 - share).add_(value, alpha=share)
 
 
-def _norms(branch: nn.Sequential) -> list[nn.BatchNorm2d]:
-    return [cast(nn.BatchNorm2d, branch[at]) for at in _NORMS]
+def _widths(plan: Plan, norms: Sequence[nn.BatchNorm2d], mid: int | None) -> list[int]:
+    """Channels that are used of every normalisation layer."""
+    sliced = itertools.chain(plan.sliced, itertools.repeat(False))
+    return [mid if mid is not None and inner else norm.num_features for norm, inner in zip(norms, sliced, strict=False)]
+
+
+def _joined(norms: Sequence[nn.BatchNorm2d], widths: Sequence[int], of: Callable[[Any], Tensor]) -> Tensor:
+    return torch.cat([of(norm)[:width] for norm, width in zip(norms, widths, strict=True)])
+
+
+def _weights(branch: nn.Sequential | None) -> tuple[Tensor, ...] | None:
+    if branch is None:
+        return None
+    return tuple(layer.weight for layer in branch if isinstance(layer, _CONV))
+
+
+def _has_kernel(op: str, x: Tensor) -> bool:
+    choice = OPS[op].choices.get(x.device.type)
+    return choice is not None and choice.kernel != "reference"
+
+
+def _wants_gradients(x: Tensor, *branches: nn.Sequential | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    parameters: Iterator[Tensor] = itertools.chain.from_iterable(b.parameters() for b in branches if b is not None)
+    return x.requires_grad or any(parameter.requires_grad for parameter in parameters)
+
+
+def _is_float(branch: nn.Sequential) -> bool:
+    return all(parameter.dtype == torch.float32 for parameter in branch.parameters())
 
 
 def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
+def _plain(branch: nn.Sequential, layers: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the branch holds these layers and nobody hooked into them, or gave them forwards of their own."""
+    found = list(branch)
+    if len(found) != len(layers) or any(type(a) is not b for a, b in zip(found, layers, strict=True)):
+        return False
+    return not any(map(_changed, (branch, *found)))
+
+
 def _changed(module: nn.Module) -> bool:
-    """Whether somebody hooked into this module, or gave it a forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)

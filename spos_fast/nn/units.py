@@ -30,6 +30,7 @@ class _Unit(nn.Module):
     ``branch_proj`` keeps its channels, ``branch_main`` makes the rest.
     """
 
+    plan: fused.Plan
     branch_main: nn.Sequential
     branch_proj: nn.Sequential | None
 
@@ -46,6 +47,7 @@ class _Unit(nn.Module):
             raise InputError(f"stride: got {stride}; expected 1 or 2")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size: got {kernel_size}; expected an odd number such as 3, 5 or 7")
+        self.stride = stride
         self.splits = stride == 1 and in_channels == out_channels
         if self.splits and in_channels % 2:
             raise InputError(f"in_channels: got {in_channels}; a unit that splits its input needs an even number")
@@ -70,7 +72,15 @@ class _Unit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``."""
+        """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
+
+        Channels-last input runs as one fused op where that gives the same (``spos_fast.nn.fused``);
+        ``SPOS_FAST_BACKEND=reference`` switches it off.
+        """
+        out = fused.run(self.plan, x, self.branch_main, self.branch_proj, self.stride)
+        return out if out is not None else self._plainly(x)
+
+    def _plainly(self, x: Tensor) -> Tensor:
         if self.branch_proj is None:
             # Slices keep the memory format; the view-and-transpose form of the shuffle would leave channels_last.
             return torch.cat((x[:, ::2], self.branch_main(x[:, 1::2])), 1)
@@ -94,6 +104,8 @@ class ShuffleUnit(_Unit):
         InputError: sizes that no such unit has.
     """
 
+    plan = fused.SHUFFLE
+
     def __init__(
         self,
         in_channels: int,
@@ -116,22 +128,14 @@ class ShuffleUnit(_Unit):
         )
         self.branch_proj = self._projection(kernel_size, stride, affine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
-
-        With batch statistics, stride 1 and channels-last input the branch is one fused op where that is the faster
-        (``spos_fast.nn.fused``); ``SPOS_FAST_BACKEND=reference`` switches it off.
-        """
-        if self.splits and fused.applies(x, self.branch_main):
-            return fused.shuffle_unit(x, self.branch_main)
-        return super().forward(x)
-
 
 class XceptionUnit(_Unit):
     """The Xception choice: three depthwise 3x3 convolutions, each followed by a 1x1 convolution.
 
     Args and errors as :class:`ShuffleUnit`, without ``kernel_size``.
     """
+
+    plan = fused.XCEPTION
 
     def __init__(
         self, in_channels: int, out_channels: int, mid_channels: int, stride: int = 1, affine: bool = True

@@ -1,15 +1,29 @@
 """The fused ops. Each is an ordinary differentiable function on tensors that also works under torch.compile."""
 
 from spos_fast.ops.batchnorm import bn_moments, bn_moments_reference
+from spos_fast.ops.block_gradients import dw_bnstats_backward_reference, pw_bnstats_backward_reference
+from spos_fast.ops.blocks import BNStats, dw_bnstats, dw_bnstats_reference, pw_bnstats, pw_bnstats_reference
+from spos_fast.ops.bn_act_cat import bn_act_cat, bn_act_cat_backward_reference, bn_act_cat_reference
 from spos_fast.ops.dispatch import explain
-from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_backward_reference, shuffle_unit_reference
+from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_infer, xception_unit, xception_unit_infer
 
 __all__ = [
+    "BNStats",
     "UnitOutput",
+    "bn_act_cat",
+    "bn_act_cat_backward_reference",
+    "bn_act_cat_reference",
     "bn_moments",
     "bn_moments_reference",
+    "dw_bnstats",
+    "dw_bnstats_backward_reference",
+    "dw_bnstats_reference",
     "explain",
+    "pw_bnstats",
+    "pw_bnstats_backward_reference",
+    "pw_bnstats_reference",
     "shuffle_unit",
-    "shuffle_unit_backward_reference",
-    "shuffle_unit_reference",
+    "shuffle_unit_infer",
+    "xception_unit",
+    "xception_unit_infer",
 ]

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,15 @@ OPS: dict[str, Op] = {}  # by name
 _warned: set[str] = set()
 
 
-def define_op(schema: str, *, reference: Kernel, fake: Kernel, triton: str | None = None) -> Any:
+def define_op(
+    schema: str,
+    *,
+    reference: Kernel,
+    fake: Kernel,
+    triton: str | None = None,
+    autocast: Iterable[int] = (),
+    plain: str | None = None,
+) -> Any:
     """Define an op and register its kernels. Returns the overload, ready to call.
 
     Args:
@@ -63,11 +71,13 @@ def define_op(schema: str, *, reference: Kernel, fake: Kernel, triton: str | Non
         fake: shapes and dtypes of the outputs, on tensors without data.
         triton: ``"module:function"`` of the Triton kernel's launcher, imported when it is first called. It
             must carry the schema's defaults too: torch leaves out arguments that equal them.
+        autocast: positions of the tensors that autocast casts to its dtype.
+        plain: why the op has no kernels and the reference is its implementation; None if it has.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     torch.library.register_fake(f"spos_fast::{name}", fake, lib=LIBRARY)
-    choices = {device: _choose(name, device, triton) for device in DEVICES}
+    choices = {device: Choice("reference", plain) if plain else _choose(name, device, triton) for device in DEVICES}
     launcher = _late(triton) if triton is not None else None
     for device, choice in choices.items():
         if choice.kernel == "triton":
@@ -76,7 +86,29 @@ def define_op(schema: str, *, reference: Kernel, fake: Kernel, triton: str | Non
     LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
     overload = getattr(torch.ops.spos_fast, name).default
     OPS[name] = Op(overload, reference, launcher, choices)
+    positions = frozenset(autocast)
+    if positions:
+        for device in DEVICES:
+            _register_autocast(overload, device, positions)
     return overload
+
+
+def _register_autocast(overload: Any, device: str, positions: frozenset[int]) -> None:
+    """Cast the arguments at these positions to autocast's dtype, wherever it is on; float64 stays, as torch has it."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{DEVICES[device]}")
+
+    def cast(position: int, value: Any) -> Any:
+        if position not in positions or not isinstance(value, torch.Tensor) or value.dtype == torch.float64:
+            return value
+        return value.to(torch.get_autocast_dtype(device)) if value.is_floating_point() else value
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return overload(*(cast(position, value) for position, value in enumerate(arguments)))
+
+    # Both ways: torch's dispatcher, and that of torch.compile's tracing.
+    overload.py_impl(key)(run)
+    LIBRARY.impl(overload, lambda _, *arguments: run(*arguments), f"Autocast{DEVICES[device]}", with_keyset=True)
 
 
 def _choose(name: str, device: str, triton: str | None) -> Choice:

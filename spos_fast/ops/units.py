@@ -1,42 +1,54 @@
-"""The ShuffleNetV2 unit of stride 1, in training, as one op.
+"""The choice blocks of the ShuffleNetV2 space as ops: in training with batch statistics, and with them folded in.
 
-Half of the channels pass; the others go through 1x1 convolution, BN, ReLU; depthwise convolution, BN; 1x1 convolution,
-BN, ReLU. Batch statistics need a convolution's whole output before the next layer can start, so the kernels make four
-passes forwards and four backwards, and normalise and clip where the next pass loads. The outputs of the convolutions
-are what they keep for the backward pass.
+Batch statistics need a convolution's whole output before the next layer can start, so the training kernels make one
+pass a convolution, and normalise and clip where the next pass loads. The outputs of the convolutions are what they keep
+for the backward pass. With normalisation folded into a scale and a shift nothing stands in the way of a single pass.
+
+Two chains of layers (``unit_layers``) make the two units; everything here is written once for both.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn import grad as convolution_grad
 
 from spos_fast.errors import InputError
-from spos_fast.ops.batchnorm import DTYPES
+from spos_fast.ops import unit_reference
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.layout import channels_last
+from spos_fast.ops.unit_layers import (
+    NAMES,
+    Chain,
+    Unit,
+    check_vector,
+    make_unit,
+    shuffle_chain,
+    statistics_dtype,
+    xception_chain,
+)
 
 _LAST = torch.channels_last
-_warned_of_layout = False
 
 
 class UnitOutput(NamedTuple):
     """What a unit makes in training.
 
     Attributes:
-        out: [N, half + out, H, W], channels last: the even channels of x, then what the branch made.
-        mean: [2 * mid + out], float32 (float64 for float64): batch means in front of the three BN layers, one behind
-            the other. Not differentiable.
-        var: likewise, the batch variances, divided by N * H * W. Not differentiable.
+        out: [N, beside + out, H', W'], channels last: the channels that pass or the projection's, then the branch's.
+        mean: [normalised], float32 (float64 for float64): batch means in front of the BN layers, one layer behind the
+            other: main branch, then projection. Not differentiable.
+        var: likewise, the batch variances, divided by N * H * W of the layer. Not differentiable.
     """
 
     out: Tensor
     mean: Tensor
     var: Tensor
+
+
+Slice = int | Tensor | None
 
 
 def shuffle_unit(
@@ -47,317 +59,339 @@ def shuffle_unit(
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
     *,
-    mid: int | None = None,
+    projection: tuple[Tensor, Tensor] | None = None,
+    mid: Slice = None,
+    stride: int = 1,
     eps: float = 1e-5,
 ) -> UnitOutput:
-    """ShuffleNetV2 unit of stride 1 with batch statistics (arXiv 1807.11164, figure 3c, as in arXiv 1904.00420).
+    """ShuffleNetV2 unit with batch statistics (arXiv 1807.11164, figure 3c and d, as in arXiv 1904.00420).
 
-    Even channels pass, odd channels go through the branch, and both are concatenated: the channel shuffle of the
-    published code. The result is differentiable once, the same for any number of threads, and channels last.
+    1x1 convolution, BN, ReLU; depthwise convolution, BN; 1x1 convolution, BN, ReLU. Without a projection even channels
+    pass, odd channels go through that branch, and both are concatenated: the channel shuffle of the published code.
+    With one, both branches see all channels. The result is differentiable once, the same for any number of threads, and
+    channels last.
 
     Args:
-        x: [N, 2 * half, H, W], channels last (anything else is copied, with one warning); float32, float64, float16
-            or bfloat16. Under autocast, x and the convolutions' weights are cast to its dtype.
-        pw1: [M, half, 1, 1], the first 1x1 convolution; dtype of x, like all weights.
+        x: [N, C, H, W], channels last (anything else is copied, with one warning); float32, float64, float16 or
+            bfloat16. Under autocast, x and the convolutions' weights are cast to its dtype.
+        pw1: [M, b, 1, 1], the first 1x1 convolution; b = C / 2, or C with a projection. Dtype of x, like all weights.
         dw: [M, 1, k, k], the depthwise convolution, k odd, padded by k // 2.
         pw2: [out, M, 1, 1], the second 1x1 convolution.
-        gamma: [2 * mid + out], the scales of the three BN layers one behind the other; None for ones.
+        gamma: [normalised], the scales of the BN layers one behind the other: 2 * mid + out, with a projection 2 * C
+            more; None for ones.
         beta: their shifts; None for zeros.
+        projection: depthwise [C, 1, k, k] and 1x1 convolution [C, C, 1, 1] of the other branch: depthwise convolution,
+            BN; 1x1 convolution, BN, ReLU.
         mid: how many of the M stored channels are used, the first ones; None for all. No other is read, and the
-            gradients of the others are exactly zero.
+            gradients of the others are exactly zero. An int32 tensor [] on x's device is read by the kernels, so that
+            one captured CUDA graph serves all widths; sizes (of gamma, beta, mean, var) then go by M, and what belongs
+            to absent channels is zero.
+        stride: of the depthwise convolution and of the projection; 2 only with a projection.
         eps: added to the variances.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
-        InputError: shapes that do not fit together, ``mid`` out of range, or a batch of a single pixel, which has no
+        InputError: shapes that do not fit together, ``mid`` or ``stride`` out of range, or a single pixel, which has no
             variance.
     """
-    global _warned_of_layout
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, pw1, dw, pw2 = x.to(dtype), pw1.to(dtype), dw.to(dtype), pw2.to(dtype)
-    mid = _mid(pw1, mid)
-    _check(x, pw1, dw, pw2, gamma, beta, mid)
-    if not x.is_contiguous(memory_format=_LAST):
-        if not _warned_of_layout and not torch.compiler.is_compiling():
-            _warned_of_layout = True
-            warnings.warn("shuffle_unit: x is not channels last and is copied; convert the model and its input once "
-                          "with .to(memory_format=torch.channels_last)", RuntimeWarning, stacklevel=2)  # fmt: skip
-        x = x.contiguous(memory_format=_LAST)
-    differentiated = (x, pw1, dw, pw2, gamma, beta)
+    return _train("shuffle_unit", x, (pw1, dw, pw2), gamma, beta, projection, mid, stride, eps)
+
+
+def xception_unit(
+    x: Tensor,
+    dw1: Tensor,
+    pw1: Tensor,
+    dw2: Tensor,
+    pw2: Tensor,
+    dw3: Tensor,
+    pw3: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    projection: tuple[Tensor, Tensor] | None = None,
+    mid: Slice = None,
+    stride: int = 1,
+    eps: float = 1e-5,
+) -> UnitOutput:
+    """The Xception choice block with batch statistics (arXiv 1904.00420, figure 5).
+
+    Three times depthwise convolution, BN; 1x1 convolution, BN, ReLU. Everything else as :func:`shuffle_unit`.
+
+    Args:
+        x: [N, C, H, W].
+        dw1: [b, 1, k, k]; b = C / 2, or C with a projection. Takes the stride.
+        pw1: [M, b, 1, 1].
+        dw2: [M, 1, k, k].
+        pw2: [M, M, 1, 1].
+        dw3: [M, 1, k, k].
+        pw3: [out, M, 1, 1].
+        gamma, beta: [b + 4 * mid + out], with a projection 2 * C more.
+        projection, mid, stride, eps: see :func:`shuffle_unit`.
+    """
+    return _train("xception_unit", x, (dw1, pw1, dw2, pw2, dw3, pw3), gamma, beta, projection, mid, stride, eps)
+
+
+def shuffle_unit_infer(
+    x: Tensor,
+    pw1: Tensor,
+    dw: Tensor,
+    pw2: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    *,
+    projection: tuple[Tensor, Tensor] | None = None,
+    mid: Slice = None,
+    stride: int = 1,
+) -> Tensor:
+    """:func:`shuffle_unit` with every BN layer replaced by a scale and a shift: ``gamma / sqrt(var + eps)`` and
+    ``beta - mean * scale``.
+
+    Args:
+        x, pw1, dw, pw2, projection, mid, stride: see :func:`shuffle_unit`.
+        scale: [normalised], float32 (float64); None where it is already in the weights.
+        shift: [normalised].
+
+    Returns:
+        [N, beside + out, H', W'], channels last. Differentiable, the backward pass in plain PyTorch.
+
+    Raises:
+        TypeError, InputError: as :func:`shuffle_unit`.
+    """
+    return _infer("shuffle_unit_infer", x, (pw1, dw, pw2), scale, shift, projection, mid, stride)
+
+
+def xception_unit_infer(
+    x: Tensor,
+    dw1: Tensor,
+    pw1: Tensor,
+    dw2: Tensor,
+    pw2: Tensor,
+    dw3: Tensor,
+    pw3: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    *,
+    projection: tuple[Tensor, Tensor] | None = None,
+    mid: Slice = None,
+    stride: int = 1,
+) -> Tensor:
+    """:func:`xception_unit` with every BN layer replaced by a scale and a shift; see :func:`shuffle_unit_infer`."""
+    weights = (dw1, pw1, dw2, pw2, dw3, pw3)
+    return _infer("xception_unit_infer", x, weights, scale, shift, projection, mid, stride)
+
+
+def _train(
+    name: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    projection: tuple[Tensor, Tensor] | None,
+    mid: Slice,
+    stride: int,
+    eps: float,
+) -> UnitOutput:
+    x, mid, width = _prepared(name, x, weights, mid)
+    beside = projection or (None, None)
+    differentiated = (x, *weights, *beside, gamma, beta)
     save = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in differentiated)
-    out, _, _, _, mean, var = _op(x, pw1, dw, pw2, gamma, beta, mid, eps, save)
+    out, _, mean, var = _OPS[name](x, *weights, *beside, gamma, beta, mid, width, stride, eps, save)
     return UnitOutput(out, mean, var)
 
 
-def shuffle_unit_reference(
+def _infer(
+    name: str,
     x: Tensor,
-    pw1: Tensor,
-    dw: Tensor,
-    pw2: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mid: int,
-    eps: float = 1e-5,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the op computes, in plain PyTorch: out, the convolutions' outputs, and their batch means and variances.
-
-    With ``save=False`` the convolutions' outputs are empty: nothing that only the backward pass reads is kept.
-    """
-    _check(x, pw1, dw, pw2, gamma, beta, mid)
-    sizes = _sizes(pw2, mid)
-    gammas, betas = _split(gamma, sizes), _split(beta, sizes)
-    z1 = functional.conv2d(x[:, 1::2], pw1[:mid])
-    y, mean1, var1 = _normalised(z1, gammas[0], betas[0], eps)
-    z2 = functional.conv2d(y.relu(), dw[:mid], padding=dw.shape[2] // 2, groups=mid)
-    y, mean2, var2 = _normalised(z2, gammas[1], betas[1], eps)
-    z3 = functional.conv2d(y, pw2[:, :mid])
-    y, mean3, var3 = _normalised(z3, gammas[2], betas[2], eps)
-    out = torch.cat((x[:, ::2], y.relu()), 1)
-    kept = (z1, z2, z3) if save else (z1[:0], z2[:0], z3[:0])
-    mean, var = torch.cat((mean1, mean2, mean3)), torch.cat((var1, var2, var3))
-    return (*(value.contiguous(memory_format=_LAST) for value in (out, *kept)), mean, var)  # type: ignore[return-value]
+    weights: Sequence[Tensor],
+    scale: Tensor | None,
+    shift: Tensor,
+    projection: tuple[Tensor, Tensor] | None,
+    mid: Slice,
+    stride: int,
+) -> Tensor:
+    x, mid, width = _prepared(name, x, weights, mid)
+    out: Tensor = _OPS[name](x, *weights, *(projection or (None, None)), scale, shift, mid, width, stride)
+    return out
 
 
-def shuffle_unit_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    z1: Tensor,
-    z2: Tensor,
-    z3: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    pw1: Tensor,
-    dw: Tensor,
-    pw2: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mid: int,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, pw1, dw, pw2, gamma and beta for the gradient of ``out``, in plain PyTorch."""
-    _check_saved(grad, x, z1, z2, z3)
-    sizes = _sizes(pw2, mid)
-    half, padding = x.shape[1] // 2, dw.shape[2] // 2
-    layers = [
-        _Layer(z, layer_mean, layer_var, layer_gamma, layer_beta, eps)
-        for z, layer_mean, layer_var, layer_gamma, layer_beta in zip(
-            (z1, z2, z3), mean.split(sizes), var.split(sizes), _split(gamma, sizes), _split(beta, sizes), strict=True
-        )
-    ]
-    w1, wd, w2 = pw1[:mid], dw[:mid], pw2[:, :mid]
-    y1, y2 = layers[0].output().relu(), layers[1].output()
-
-    dz3, gamma3, beta3 = layers[2].backward(grad[:, half:], relu=True)
-    dy2 = convolution_grad.conv2d_input(list(z2.shape), w2, dz3)
-    dw2 = convolution_grad.conv2d_weight(y2, list(w2.shape), dz3)
-    dz2, gamma2, beta2 = layers[1].backward(dy2, relu=False)
-    dy1 = convolution_grad.conv2d_input(list(z1.shape), wd, dz2, padding=padding, groups=mid)
-    dwd = convolution_grad.conv2d_weight(y1, list(wd.shape), dz2, padding=padding, groups=mid)
-    dz1, gamma1, beta1 = layers[0].backward(dy1, relu=True)
-    odd = x[:, 1::2].contiguous(memory_format=_LAST)
-    dx = convolution_grad.conv2d_input(list(odd.shape), w1, dz1)
-    dw1 = convolution_grad.conv2d_weight(odd, list(w1.shape), dz1)
-
-    grad_x = torch.stack((grad[:, :half], dx), 2).flatten(1, 2).contiguous(memory_format=_LAST)
-    absent = pw1.shape[0] - mid
-    return (
-        grad_x,
-        functional.pad(dw1, (0, 0, 0, 0, 0, 0, 0, absent)).contiguous(),
-        functional.pad(dwd, (0, 0, 0, 0, 0, 0, 0, absent)).contiguous(),
-        functional.pad(dw2, (0, 0, 0, 0, 0, absent)).contiguous(),
-        torch.cat((gamma1, gamma2, gamma3)),
-        torch.cat((beta1, beta2, beta3)),
-    )
-
-
-class _Layer:
-    """One BN layer backwards, from the batch statistics that the forward pass left."""
-
-    def __init__(
-        self, z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-    ) -> None:
-        def spread(value: Tensor) -> Tensor:
-            return value.to(mean.dtype)[None, :, None, None]
-
-        self.dtype = z.dtype
-        rstd = spread((var + eps).rsqrt())
-        self.normal = (z.to(mean.dtype) - spread(mean)) * rstd
-        self.scale = rstd if gamma is None else rstd * spread(gamma)
-        self.wide = self.normal if gamma is None else self.normal * spread(gamma)
-        if beta is not None:
-            self.wide = self.wide + spread(beta)
-
-    def output(self) -> Tensor:
-        """What the layer gave, without ReLU."""
-        return self.wide.to(self.dtype)
-
-    def backward(self, grad: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the convolution's output, of gamma and of beta."""
-        grad = grad.to(self.normal.dtype)
-        if relu:
-            grad = grad * (self.wide > 0)
-        count = grad.numel() // grad.shape[1]
-        grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * self.normal).sum((0, 2, 3))
-        centred = grad - grad_beta[None, :, None, None] / count
-        dz = self.scale * (centred - self.normal * (grad_gamma[None, :, None, None] / count))
-        return dz.to(self.dtype), grad_gamma, grad_beta
-
-
-def _normalised(z: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch normalisation of z, and the mean and variance that it used, in float32 (float64)."""
-    wide = z if z.dtype == torch.float64 else z.float()
-    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    scale = (var + eps).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma.to(scale.dtype)
-    y = (wide - mean[None, :, None, None]) * scale[None, :, None, None]
-    if beta is not None:
-        y = y + beta.to(scale.dtype)[None, :, None, None]
-    return y.to(z.dtype), mean, var
-
-
-def _sizes(pw2: Tensor, mid: int) -> list[int]:
-    """Channels of the three BN layers."""
-    return [mid, mid, pw2.shape[0]]
-
-
-def _split(value: Tensor | None, sizes: list[int]) -> tuple[Tensor | None, ...]:
-    return (None,) * len(sizes) if value is None else value.split(sizes)
-
-
-def _mid(pw1: Tensor, mid: int | None) -> int:
-    if mid is None:
-        return pw1.shape[0] if isinstance(pw1, Tensor) and pw1.dim() > 0 else 0
-    if not isinstance(mid, (int, torch.SymInt)) or isinstance(mid, bool):
-        raise TypeError(f"mid must be an int, got {type(mid).__name__}")
-    return mid
-
-
-def _check(
-    x: Tensor, pw1: Tensor, dw: Tensor, pw2: Tensor, gamma: Tensor | None, beta: Tensor | None, mid: int
-) -> None:
-    for name, value in (("x", x), ("pw1", pw1), ("dw", dw), ("pw2", pw2)):
+def _prepared(name: str, x: Tensor, weights: Sequence[Tensor], mid: Slice) -> tuple[Tensor, int, Tensor | None]:
+    """The input as the kernels read it, the stored or chosen number of mid channels, and the width on the device."""
+    for argument, value in zip(("x", *NAMES[_CHAINS[name]]), (x, *weights), strict=True):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
-        if value.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
-        if value.dim() != 4:
-            raise InputError(f"{name} must have 4 dimensions, got shape {list(value.shape)}")
-    if x.shape[1] % 2:
-        raise InputError(f"x must have an even number of channels, got shape {list(x.shape)}")
-    stored, half, k = pw1.shape[0], x.shape[1] // 2, dw.shape[2]
-    if x.numel() == 0 or x.numel() == x.shape[1]:
-        raise InputError(f"x must hold at least two pixels, which a variance needs, got shape {list(x.shape)}")
-    for name, value, wanted in (
-        ("pw1", pw1, [stored, half, 1, 1]),
-        ("dw", dw, [stored, 1, k, k]),
-        ("pw2", pw2, [pw2.shape[0], stored, 1, 1]),
-    ):
-        if list(value.shape) != wanted:
-            raise InputError(f"{name} must be {wanted} to fit x and pw1, got {list(value.shape)}")
-    if k % 2 == 0:
-        raise InputError(f"dw must have an odd kernel size, got {k}")
-    if not 1 <= mid <= stored:
-        raise InputError(f"mid must be from 1 to {stored}, the channels that pw1 stores, got {mid}")
-    normalised = 2 * mid + pw2.shape[0]
-    for name, affine in (("gamma", gamma), ("beta", beta)):
-        if affine is not None and list(affine.shape) != [normalised]:
-            raise InputError(f"{name} must be [{normalised}], 2 * mid + out, got {list(affine.shape)}")
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    stored = weights[-1].shape[1] if weights[-1].dim() > 1 else 0
+    width = None
+    if isinstance(mid, Tensor):
+        if mid.dtype != torch.int32 or mid.dim() or mid.device != x.device:
+            raise TypeError(
+                f"mid must be an int, or an int32 tensor without dimensions on {x.device}; got {mid.dtype} "
+                f"{list(mid.shape)} on {mid.device}"
+            )
+        mid, width = None, mid
+    elif mid is not None and (not isinstance(mid, (int, torch.SymInt)) or isinstance(mid, bool)):
+        raise TypeError(f"mid must be an int or an int32 tensor, got {type(mid).__name__}")
+    return channels_last(x, name), stored if mid is None else mid, width
 
 
-def _check_saved(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, z3: Tensor) -> None:
-    if not z1.shape[0] == z2.shape[0] == z3.shape[0] == grad.shape[0] == x.shape[0]:
-        raise InputError("shuffle_unit_backward needs what shuffle_unit saves; it was called with save=False")
+_CHAINS: dict[str, Chain] = {
+    "shuffle_unit": shuffle_chain,
+    "shuffle_unit_infer": shuffle_chain,
+    "xception_unit": xception_chain,
+    "xception_unit_infer": xception_chain,
+}
+_OPS: dict[str, Any] = {}
 
 
-def _statistics(x: Tensor, size: int) -> Tensor:
-    return x.new_empty(size, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+def _image(unit: Unit, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=unit.x.dtype, device=unit.x.device, memory_format=_LAST)
 
 
-def _image(x: Tensor, samples: int, channels: int) -> Tensor:
-    size = (samples, channels, *x.shape[2:])
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_LAST)
+def _define(name: str, chain: Chain) -> None:
+    """Define the four ops of a unit. Their arguments: x, weights, projection, two vectors, mid, width, stride, ..."""
+    count = len(NAMES[chain])
+    weights = ", ".join(f"Tensor {argument}" for argument in NAMES[chain])
+    given = f"{weights}, Tensor? proj_dw, Tensor? proj_pw"
+    made = f"{weights}, Tensor proj_dw, Tensor proj_pw"
 
+    def parsed(arguments: Sequence[Any], optional: Sequence[Any]) -> tuple[Unit, Unit | None, tuple[Any, ...]]:
+        """The unit, the slice of it that is used, and what stands in ``arguments`` behind the weights."""
+        x, stored, projection = arguments[0], arguments[1 : 1 + count], (arguments[1 + count], arguments[2 + count])
+        first, second, mid, width, *late = arguments[3 + count :]
+        late += optional[len(late) :]  # torch leaves out arguments that equal their defaults
+        unit = make_unit(chain, x, stored, projection, mid, late[0])
+        return unit, _narrowed(unit, chain, stored, projection, mid, width), (first, second, *late)
 
-def _fake(
-    x: Tensor,
-    pw1: Tensor,
-    dw: Tensor,
-    pw2: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mid: int,
-    eps: float = 1e-5,
-    save: bool = True,
-) -> tuple[Tensor, ...]:
-    kept, size = x.shape[0] if save else 0, sum(_sizes(pw2, mid))
-    out = _image(x, x.shape[0], x.shape[1] // 2 + pw2.shape[0])
-    saved = (_image(x, kept, mid), _image(x, kept, mid), _image(x, kept, pw2.shape[0]))
-    return (out, *saved, _statistics(x, size), _statistics(x, size))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        unit, used, (gamma, beta, _, eps, save) = parsed(arguments, (1, 1e-5, True))
+        check_vector("gamma", gamma, unit)
+        check_vector("beta", beta, unit)
+        return unit_reference.forward(unit, used or unit, gamma, beta, eps, save)
 
+    def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+        unit, _, (_, _, _, _, save) = parsed(_without_width(arguments, count), (1, 1e-5, True))
+        size, dtype = unit.normalised, statistics_dtype(unit.x)
+        return (
+            _image(unit, unit.out_shape),
+            unit.x.new_empty(unit.saved_size if save else 0),
+            unit.x.new_empty(size, dtype=dtype),
+            unit.x.new_empty(size, dtype=dtype),
+        )
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    z1: Tensor,
-    z2: Tensor,
-    z3: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    pw1: Tensor,
-    dw: Tensor,
-    pw2: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mid: int,
-    eps: float = 1e-5,
-) -> tuple[Tensor, ...]:
-    size = sum(_sizes(pw2, mid))
-    weights = (weight.new_empty(weight.shape) for weight in (pw1, dw, pw2))
-    return (_image(x, x.shape[0], x.shape[1]), *weights, _statistics(x, size), _statistics(x, size))
+    def backward(grad: Tensor, x: Tensor, saved: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        unit, used, (gamma, beta, _, eps) = parsed((x, *rest), (1, 1e-5))
+        _check_saved(unit, saved)
+        return unit_reference.backward(unit, used or unit, grad, saved, mean, var, gamma, beta, eps)
 
+    def backward_fake(grad: Tensor, x: Tensor, saved: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Any:
+        return gradients_fake(parsed(_without_width((x, *rest), count), (1, 1e-5))[0])
 
-_op = define_op(
-    "shuffle_unit(Tensor x, Tensor pw1, Tensor dw, Tensor pw2, Tensor? gamma, Tensor? beta, SymInt mid, "
-    "float eps=1e-05, bool save=True) "
-    "-> (Tensor out, Tensor z1, Tensor z2, Tensor z3, Tensor mean, Tensor var)",
-    reference=shuffle_unit_reference,
-    fake=_fake,
-)
-_backward_op = define_op(
-    "shuffle_unit_backward(Tensor grad, Tensor x, Tensor z1, Tensor z2, Tensor z3, Tensor mean, Tensor var, "
-    "Tensor pw1, Tensor dw, Tensor pw2, Tensor? gamma, Tensor? beta, SymInt mid, float eps=1e-05) "
-    "-> (Tensor x, Tensor pw1, Tensor dw, Tensor pw2, Tensor gamma, Tensor beta)",
-    reference=shuffle_unit_backward_reference,
-    fake=_fake_backward,
-)
+    def infer(*arguments: Any) -> Tensor:
+        unit, used, (scale, shift, _) = parsed(arguments, (1,))
+        check_vector("scale", scale, unit)
+        check_vector("shift", shift, unit)
+        return unit_reference.infer(unit, used or unit, scale, shift)
 
+    def infer_fake(*arguments: Any) -> Tensor:
+        unit = parsed(_without_width(arguments, count), (1,))[0]
+        return _image(unit, unit.out_shape)
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, pw1, dw, pw2, gamma, beta, ctx.mid, ctx.eps, _ = inputs
-    ctx.save_for_backward(x, *output[1:], pw1, dw, pw2, gamma, beta)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    def infer_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        unit, used, (scale, shift, _) = parsed(arguments, (1,))
+        return unit_reference.infer_backward(unit, used or unit, grad, scale, shift)
 
+    def infer_backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return gradients_fake(parsed(_without_width(arguments, count), (1,))[0])
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    *saved, gamma, beta = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=_LAST)
-    *grads, grad_gamma, grad_beta = _backward_op(grad, *saved, gamma, beta, ctx.mid, ctx.eps)
-    return (
-        *grads,
-        None if gamma is None else grad_gamma.to(gamma.dtype),
-        None if beta is None else grad_beta.to(beta.dtype),
-        None,
-        None,
-        None,
+    def gradients_fake(unit: Unit) -> tuple[Tensor, ...]:
+        beside = [layer.weight for layer in unit.projection] or [unit.x.new_empty(0)] * 2
+        weights = [weight.new_empty(weight.shape) for weight in (*(layer.weight for layer in unit.main), *beside)]
+        vectors = [unit.x.new_empty(unit.normalised, dtype=statistics_dtype(unit.x)) for _ in range(2)]
+        return _image(unit, unit.x.shape), *weights, *vectors
+
+    slice_of = "SymInt mid, Tensor? width, int stride=1"
+    _OPS[name] = define_op(
+        f"{name}(Tensor x, {given}, Tensor? gamma, Tensor? beta, {slice_of}, float eps=1e-05, bool save=True) "
+        "-> (Tensor out, Tensor saved, Tensor mean, Tensor var)",
+        reference=forward,
+        fake=forward_fake,
+        autocast=range(3 + count),
+    )
+    backward_op = define_op(
+        f"{name}_backward(Tensor grad, Tensor x, Tensor saved, Tensor mean, Tensor var, {given}, Tensor? gamma, "
+        f"Tensor? beta, {slice_of}, float eps=1e-05) -> (Tensor x, {made}, Tensor gamma, Tensor beta)",
+        reference=backward,
+        fake=backward_fake,
+    )
+    _OPS[f"{name}_infer"] = define_op(
+        f"{name}_infer(Tensor x, {given}, Tensor? scale, Tensor shift, {slice_of}) -> Tensor",
+        reference=infer,
+        fake=infer_fake,
+        autocast=range(3 + count),
+    )
+    infer_backward_op = define_op(
+        f"{name}_infer_backward(Tensor grad, Tensor x, {given}, Tensor? scale, Tensor shift, {slice_of}) "
+        f"-> (Tensor x, {made}, Tensor scale, Tensor shift)",
+        reference=infer_backward,
+        fake=infer_backward_fake,
+        plain="nothing trains through a folded unit often enough for a kernel",
     )
 
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *weights, gamma, beta, ctx.mid, width, ctx.stride, ctx.eps, _ = inputs
+        ctx.save_for_backward(x, *output[1:], *weights, gamma, beta, width)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
 
-torch.library.register_autograd("spos_fast::shuffle_unit", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+    def differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (count + 10)
+        *saved, width = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=_LAST)
+        grads = backward_op(grad, *saved, ctx.mid, width, ctx.stride, ctx.eps)
+        return *_fitting(grads, (saved[0], *saved[4:])), None, None, None, None, None
+
+    def keep_folded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.mid, width, ctx.stride = inputs
+        ctx.save_for_backward(*tensors, width)
+
+    def differentiate_folded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, width = ctx.saved_tensors
+        grads = infer_backward_op(grad, *tensors, ctx.mid, width, ctx.stride)
+        return *_fitting(grads, tensors), None, None, None
+
+    def register(op: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
+        torch.library.register_autograd(f"spos_fast::{op}", backward, setup_context=setup, lib=LIBRARY)
+
+    register(name, differentiate, keep)
+    register(f"{name}_infer", differentiate_folded, keep_folded)
+
+
+def _narrowed(
+    unit: Unit, chain: Chain, weights: Sequence[Tensor], projection: Any, mid: int, width: Tensor | None
+) -> Unit | None:
+    """The unit at the width that a tensor says; None if there is no such tensor."""
+    if width is None:
+        return None
+    return make_unit(chain, unit.x, weights, projection, min(max(int(width), 1), mid), unit.stride)
+
+
+def _without_width(arguments: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """The arguments with None for the width, whose value a fake tensor has not."""
+    at = 6 + count
+    return *arguments[:at], None, *arguments[at + 1 :]
+
+
+def _check_saved(unit: Unit, saved: Tensor) -> None:
+    if saved.numel() != unit.saved_size:
+        raise InputError(
+            f"saved must hold {unit.saved_size} values, which a forward pass with save=True leaves; got {saved.numel()}"
+        )
+
+
+def _fitting(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients in the dtypes of the inputs, None for inputs that were not given."""
+    return tuple(None if value is None else grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=True))
+
+
+_define("shuffle_unit", shuffle_chain)
+_define("xception_unit", xception_chain)

@@ -1,8 +1,7 @@
-"""shuffle_unit against double precision, and as a torch citizen. Shapes and dtypes: samples.py and test_every_op.py."""
+"""The fused units against double, and as torch citizens. Shapes and dtypes: unit_samples.py, test_every_op.py."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -12,18 +11,15 @@ from torch.nn import functional
 
 from spos_fast import ops
 from spos_fast.errors import InputError
+from spos_fast.ops import layout
 from spos_fast.ops.dispatch import OPS
 from tests.ops.samples import SAMPLES
+from tests.ops.unit_samples import Sizes, normalised, weights
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 LAST = torch.channels_last
-
-
-def weights(half: int, stored: int, made: int, kernel: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Weights of a unit, of the size that keeps values around one."""
-    sizes = ((stored, half, 1, 1), (stored, 1, kernel, kernel), (made, stored, 1, 1))
-    return [torch.randn(size, dtype=dtype) / (size[1] * size[2] ** 2) ** 0.5 for size in sizes]
+KINDS = ("shuffle_unit", "xception_unit")
 
 
 def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,15 +27,33 @@ def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(size, dtype=dtype).contiguous(memory_format=LAST)
 
 
-def eager(x: Tensor, pw1: Tensor, dw: Tensor, pw2: Tensor) -> Tensor:
-    """The unit as one writes it with torch.nn.functional."""
+def unit(kind: str, size: Sizes, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Any]]:
+    """Weights of the main branch, and the keywords of the public function."""
+    *main, proj_dw, proj_pw = [None if w is None else w.to(dtype) for w in weights(kind, size)]
+    projection = None if proj_dw is None or proj_pw is None else (proj_dw, proj_pw)
+    return [w for w in main if w is not None], {"projection": projection, "stride": size.stride}
+
+
+def eager(kind: str, x: Tensor, main: list[Tensor], projection: list[Tensor], stride: int) -> Tensor:
+    """The unit as one writes it with torch.nn.functional, without scale and shift."""
+
+    def dw(y: Tensor, w: Tensor, stride: int = 1) -> Tensor:
+        return norm(functional.conv2d(y, w, stride=stride, padding=w.shape[2] // 2, groups=w.shape[0]))
+
+    def pw(y: Tensor, w: Tensor) -> Tensor:
+        return norm(functional.conv2d(y, w)).relu()
 
     def norm(z: Tensor) -> Tensor:
         return functional.batch_norm(z, None, None, None, None, True)
 
-    y = norm(functional.conv2d(x[:, 1::2], pw1)).relu()
-    y = norm(functional.conv2d(y, dw, padding=dw.shape[2] // 2, groups=dw.shape[0]))
-    return torch.cat((x[:, ::2], norm(functional.conv2d(y, pw2)).relu()), 1)
+    y = x if projection else x[:, 1::2]
+    if kind == "shuffle_unit":
+        y = pw(dw(pw(y, main[0]), main[1], stride), main[2])
+    else:
+        y = pw(dw(y, main[0], stride), main[1])
+        y = pw(dw(pw(dw(y, main[2]), main[3]), main[4]), main[5])
+    beside = pw(dw(x, projection[0], stride), projection[1]) if projection else x[:, ::2]
+    return torch.cat((beside, y), 1)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -48,167 +62,295 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return value if value == value else float("inf")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("channels", "side", "kernel"), [(64, 28, 3), (160, 14, 5), (320, 7, 7), (36, 13, 3)])
-def test_twice_eagers_error_at_most(channels: int, side: int, kernel: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [
+        Sizes(4, 64, 28, 28, 32, 32, 32, 3),
+        Sizes(4, 160, 14, 14, 80, 80, 80, 5),
+        Sizes(4, 320, 7, 7, 160, 160, 160, 7),
+        Sizes(4, 36, 13, 13, 18, 18, 18, 3),
+        Sizes(4, 24, 15, 14, 20, 20, 30, 5, stride=2, projects=True),
+    ],
+    ids=str,
+)
+def test_twice_eagers_error_at_most(kind: str, size: Sizes, dtype: torch.dtype) -> None:
     """Output and all gradients: error against double at most twice that of eager PyTorch in the same dtype.
 
-    Where rounding moves a value across zero, ReLU's gradient is all or nothing, for eager as for the op; so gradients
-    are those of the output where double precision leaves no doubt about any sign.
+    Where rounding moves a value across zero, ReLU's gradient is all or nothing, for eager as for the op: the floor.
     """
     torch.manual_seed(0)
-    half = channels // 2
-    given = [image(4, channels, side, side, dtype=dtype), *weights(half, half, half, kernel, dtype)]
-    grad = image(4, channels, side, side, dtype=dtype)
+    main, given = unit(kind, size, dtype)
+    projection = list(given["projection"] or ())
+    inputs = [image(size.samples, size.channels, size.height, size.width, dtype=dtype), *main, *projection]
+    count = len(main)
+
+    def theirs(x: Tensor, *stored: Tensor) -> Tensor:
+        return eager(kind, x, list(stored[:count]), list(stored[count:]), size.stride)
+
+    def ours(x: Tensor, *stored: Tensor) -> Tensor:
+        beside = stored[count:] or None
+        return getattr(ops, kind)(x, *stored[:count], projection=beside, stride=size.stride).out
+
+    grad = torch.randn(theirs(*inputs).shape, dtype=dtype).contiguous(memory_format=LAST)
 
     def run(function: Any, inputs: list[Tensor]) -> list[Tensor]:
         inputs = [value.detach().clone(memory_format=torch.preserve_format).requires_grad_() for value in inputs]
         out = function(*inputs)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
-    exact = run(eager, [value.double() for value in given])
-    theirs, ours = run(eager, given), run(lambda *a: ops.shuffle_unit(*a).out, given)
+    exact = run(theirs, [value.double() for value in inputs])
     epsilon = torch.finfo(dtype).eps
-    for name, got, other, wanted in zip(("out", "x", "pw1", "dw", "pw2"), ours, theirs, exact, strict=True):
-        # The floor: a share `epsilon` of the values may change sides, each an error as large as the value.
-        floor = 4 * epsilon if name == "out" else 2 * epsilon**0.5
-        assert error(got, wanted) <= max(2 * error(other, wanted), floor), name
+    for place, (got, other, wanted) in enumerate(zip(run(ours, inputs), run(theirs, inputs), exact, strict=True)):
+        # A share `epsilon` of the values may change sides at a ReLU, each an error as large as the value.
+        floor = 4 * epsilon if place == 0 else 2 * epsilon**0.5
+        assert error(got, wanted) <= max(2 * error(other, wanted), floor), place
 
 
-def test_gradients() -> None:
-    """Gradients of x, weights, gamma and beta against finite differences in double, sliced and in full."""
-    for mid, affine in ((None, False), (3, True)):
-        torch.manual_seed(0)
-        given = [image(2, 6, 4, 3, dtype=torch.float64), *weights(3, 5, 4, 3, torch.float64)]
-        size = 2 * (mid or 5) + 4
-        given += [torch.rand(size).double() + 0.5, torch.randn(size).double()] if affine else []
-        inputs = [value.requires_grad_() for value in given]
-
-        def run(*values: Tensor, mid: int | None = mid) -> Tensor:
-            return ops.shuffle_unit(*values, mid=mid).out
-
-        assert torch.autograd.gradcheck(run, inputs)
+GRADIENTS = (
+    Sizes(2, 6, 4, 3, 5, 5, 4, 3),
+    Sizes(2, 6, 4, 3, 5, 3, 4, 3, affine=True),
+    Sizes(2, 3, 5, 4, 4, 3, 3, 3, affine=True, stride=2, projects=True),
+)
 
 
-@pytest.mark.parametrize("name", ["shuffle_unit", "shuffle_unit_backward"])
-def test_double(name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", GRADIENTS, ids=str)
+def test_gradients(kind: str, size: Sizes) -> None:
+    """Gradients of every input against finite differences in double: in training, and folded."""
+    torch.manual_seed(0)
+    main, given = unit(kind, size, torch.float64)
+    count, vectors = len(main), normalised(kind, size)
+    inputs = [image(size.samples, size.channels, size.height, size.width, dtype=torch.float64), *main]
+    inputs += list(given["projection"] or ())
+    affine = [torch.rand(vectors).double() + 0.5, torch.randn(vectors).double()]
+
+    def run(op: Any, two: int, *values: Tensor) -> Tensor:
+        x, stored, beside, pair = values[0], values[1 : count + 1], values[count + 1 : len(values) - two], values[-two:]
+        return op(x, *stored, *(pair if two else ()), projection=beside or None, mid=size.mid, stride=size.stride)
+
+    trained = [value.requires_grad_() for value in (inputs + affine if size.affine else inputs)]
+    assert torch.autograd.gradcheck(lambda *v: run(getattr(ops, kind), 2 * size.affine, *v).out, trained)
+    folded = [value.requires_grad_() for value in inputs + affine]
+    assert torch.autograd.gradcheck(lambda *v: run(getattr(ops, f"{kind}_infer"), 2, *v), folded)
+
+
+@pytest.mark.parametrize("suffix", ["", "_backward", "_infer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_double(kind: str, suffix: str) -> None:
     """In double the kernel is the reference up to rounding, on every shape: both are off by that much."""
-    op = OPS[name]
-    for arguments in SAMPLES[name]():
-        wide = tuple(v.double() if isinstance(v, Tensor) else v for v in arguments)
-        for got, wanted in zip(op.overload(*wide), op.reference(*wide), strict=True):
-            assert got.dtype == torch.float64
-            assert got.numel() == 0 or (got - wanted).norm() <= 2e-14 * wanted.norm()
+    op = OPS[kind + suffix]
+    for arguments in SAMPLES[kind + suffix]():
+        wide = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments)
+        got, wanted = op.overload(*wide), op.reference(*wide)
+        for a, b in zip(*((v,) if isinstance(v, Tensor) else v for v in (got, wanted)), strict=True):
+            assert a.dtype == torch.float64
+            assert a.numel() == 0 or (a - b).norm() <= 2e-14 * b.norm().clamp_min(1e-30)
 
 
-@pytest.mark.parametrize("name", ["shuffle_unit", "shuffle_unit_backward"])
-def test_opcheck(name: str) -> None:
+@pytest.mark.parametrize("suffix", ["", "_backward", "_infer", "_infer_backward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str, suffix: str) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch itself checks them."""
-    op = getattr(torch.ops.spos_fast, name).default
-    for arguments in SAMPLES[name]()[:4]:
-        grads = (False, True) if name == "shuffle_unit" else (False,)
-        for grad in grads:
+    op = getattr(torch.ops.spos_fast, kind + suffix).default
+    samples = SAMPLES[kind + suffix]()
+    # With its defaults, save=True among them: the gradients need what is saved.
+    for arguments in (samples[0], samples[3], samples[6][: len(samples[0])]):
+        for grad in (False, True) if "backward" not in suffix else (False,):
             inputs = [
-                value.detach().requires_grad_(grad) if isinstance(value, Tensor) else value for value in arguments
+                v.detach().requires_grad_(grad) if isinstance(v, Tensor) and v.is_floating_point() else v
+                for v in arguments
             ]
             torch.library.opcheck(op, tuple(inputs))
 
 
-def test_slice_is_the_extracted_unit() -> None:
-    """``mid`` of the stored channels, NaN in the others: the bits of a unit of only those; no gradient outside."""
+def extracted(kind: str, main: list[Tensor], mid: int) -> list[Tensor]:
+    """The weights of the slice, as a unit of its own has them."""
+    if kind == "shuffle_unit":
+        return [main[0][:mid].clone(), main[1][:mid].clone(), main[2][:, :mid].clone()]
+    return [
+        main[0].clone(),
+        main[1][:mid].clone(),
+        main[2][:mid].clone(),
+        main[3][:mid, :mid].clone(),
+        main[4][:mid].clone(),
+        main[5][:, :mid].clone(),
+    ]
+
+
+def spoiled(kind: str, main: list[Tensor], mid: int) -> list[Tensor]:
+    """The stored weights with NaN outside of the slice."""
+    found = []
+    for small, weight in zip(extracted(kind, main, mid), main, strict=True):
+        whole = torch.full_like(weight, torch.nan)
+        whole[: small.shape[0], : small.shape[1]] = small
+        found.append(whole)
+    return found
+
+
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("mid", "stored"), [(1, 40), (7, 33), (16, 33), (33, 40)])
+def test_slice_is_the_extracted_unit(kind: str, projects: bool, mid: int, stored: int) -> None:
+    """``mid`` of the stored channels, NaN in the others: the bits of a unit of only those; no gradient outside.
+
+    As a tensor: the same values, zeros for what is absent, and one call serves every width.
+    """
     torch.manual_seed(0)
-    for mid, stored in itertools.product((1, 7, 16, 33), (33, 40)):
-        x = image(2, 12, 6, 5).requires_grad_()
-        full = weights(6, stored, 10, 3)
-        small = [full[0][:mid].clone(), full[1][:mid].clone(), full[2][:, :mid].clone()]
-        full[0][mid:], full[1][mid:], full[2][:, mid:] = torch.nan, torch.nan, torch.nan
-        for weight in (*full, *small):
-            weight.requires_grad_()
-        grad = image(2, 16, 6, 5)
-        sliced, alone = ops.shuffle_unit(x, *full, mid=mid), ops.shuffle_unit(x, *small)
-        assert all(torch.equal(a, b) for a, b in zip(sliced, alone, strict=True))
+    size = Sizes(2, 12, 6, 5, stored, mid, 10, 3, stride=1 + projects, projects=projects)
+    main, given = unit(kind, size)
+    x = image(2, 12, 6, 5).requires_grad_()
+    full = [w.requires_grad_() for w in spoiled(kind, main, mid)]
+    small = [w.requires_grad_() for w in extracted(kind, main, mid)]
+    op, infer = getattr(ops, kind), getattr(ops, f"{kind}_infer")
+    alone = op(x, *small, **given)
+    grad = torch.randn(alone.out.shape).contiguous(memory_format=LAST)
+    wanted = torch.autograd.grad(alone.out, [x, *small], grad)
+    for width in (mid, torch.tensor(mid, dtype=torch.int32)):
+        sliced = op(x, *full, mid=width, **given)
+        assert torch.equal(sliced.out, alone.out)
         got = torch.autograd.grad(sliced.out, [x, *full], grad)
-        wanted = torch.autograd.grad(alone.out, [x, *small], grad)
-        cut = [got[0], got[1][:mid], got[2][:mid], got[3][:, :mid]]
-        assert all(torch.equal(a, b) for a, b in zip(cut, wanted, strict=True))
-        assert not (got[1][mid:].any() or got[2][mid:].any() or got[3][:, mid:].any())
+        assert torch.equal(got[0], wanted[0])
+        for whole, part in zip(got[1:], wanted[1:], strict=True):
+            assert torch.equal(whole[: part.shape[0], : part.shape[1]], part)
+            outside = whole.clone()
+            outside[: part.shape[0], : part.shape[1]] = 0
+            assert not outside.any()  # exactly zero
+        kept = sliced.var if isinstance(width, int) else sliced.var[sliced.var > 0]
+        assert torch.equal(kept, alone.var)
+        assert isinstance(width, int) or not sliced.mean[sliced.var == 0].any()
+    vectors = torch.rand(2, normalised(kind, size)) + 0.5
+    with torch.no_grad():
+        assert torch.equal(infer(x, *full, *vectors, mid=mid, **given), infer(x, *small, *vectors, **given))
 
 
-@pytest.mark.parametrize("size", [(8, 32, 28, 28, 24, 5), (5, 20, 9, 9, 70, 3), (1, 6, 90, 77, 5, 3)], ids=str)
-def test_same_bits_for_any_number_of_threads(size: tuple[int, ...]) -> None:
-    """Outputs, statistics and gradients do not depend on how many threads torch has."""
-    if OPS["shuffle_unit"].choices["cpu"].kernel == "reference":
+@pytest.mark.parametrize("kind", KINDS)
+def test_mask_is_slice(kind: str) -> None:
+    """Without scale and shift a mask over the 1x1 convolutions' outputs, full width, gives the slice's output."""
+    torch.manual_seed(0)
+    size = Sizes(2, 12, 6, 5, 20, 9, 10, 3)
+    main, given = unit(kind, size)
+    masked = [w.clone() for w in main]
+    for weight in masked[:1] if kind == "shuffle_unit" else (masked[1], masked[3]):
+        weight[size.mid :] = 0
+    x = image(2, 12, 6, 5)
+    op = getattr(ops, kind)
+    torch.testing.assert_close(op(x, *masked, **given).out, op(x, *main, mid=size.mid, **given).out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "size",
+    [
+        Sizes(8, 64, 28, 28, 24, 24, 32, 5),
+        Sizes(5, 40, 9, 9, 70, 70, 20, 3),
+        Sizes(1, 12, 90, 77, 5, 5, 6, 3),
+        Sizes(3, 20, 41, 33, 30, 30, 24, 5, stride=2, projects=True),
+    ],
+    ids=str,
+)
+def test_same_bits_for_any_number_of_threads(kind: str, size: Sizes) -> None:
+    """Outputs, statistics and gradients do not depend on how many threads torch has, nor on what is kept."""
+    if OPS[kind].choices["cpu"].kernel == "reference":
         pytest.skip("no native kernel in this build; PyTorch's own sums depend on its threads")
-    samples, half, height, width, mid, kernel = size
-    x = image(samples, 2 * half, height, width).requires_grad_()
-    given = [x, *(weight.requires_grad_() for weight in weights(half, mid, half, kernel))]
-    grad = image(*x.shape)
+    main, given = unit(kind, size)
+    x = image(size.samples, size.channels, size.height, size.width).requires_grad_()
+    inputs = [x, *(w.requires_grad_() for w in main)]
+    vectors = torch.rand(2, normalised(kind, size)) + 0.5
+    op, infer = getattr(ops, kind), getattr(ops, f"{kind}_infer")
+    grad = torch.randn(op(*inputs, **given).out.shape).contiguous(memory_format=LAST)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            made = ops.shuffle_unit(*given)
+            made = op(*inputs, **given)
             with torch.no_grad():
-                alone = ops.shuffle_unit(*given)
-            results.append([*made, *alone, *torch.autograd.grad(made.out, given, grad)])
+                alone = op(*inputs, **given)
+                folded = infer(*inputs, *vectors, **given)
+            results.append([*made, *alone, folded, *torch.autograd.grad(made.out, inputs, grad)])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
-    assert all(
-        torch.equal(a, b) for a, b in zip(results[0][:3], results[0][3:6], strict=True)
-    )  # nothing kept: the same
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:3], results[0][3:6], strict=True))
 
 
-def test_layouts() -> None:
+SMALL = Sizes(2, 8, 5, 6, 4, 4, 4, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts(kind: str) -> None:
     """NCHW, sliced and strided inputs give the values of the packed channels-last one, with one warning in all."""
     x = image(2, 8, 5, 6)
-    unit = weights(4, 4, 4, 3)
-    wanted = ops.shuffle_unit(x, *unit).out
+    main, _ = unit(kind, SMALL)
+    op = getattr(ops, kind)
+    wanted = op(x, *main).out
     wide = torch.full((2, 20, 5, 6), torch.nan).contiguous(memory_format=LAST)
     wide[:, 4:12] = x
     transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
-    ops.units._warned_of_layout = False
-    with pytest.warns(RuntimeWarning, match="not channels last") as caught:
+    layout._warned.discard(kind)
+    with pytest.warns(RuntimeWarning, match=f"{kind}: x is not channels last") as caught:
         for value in (x.contiguous(), wide[:, 4:12], transposed):
-            out = ops.shuffle_unit(value, *unit).out
+            out = op(value, *main).out
             assert torch.equal(out, wanted) and out.is_contiguous(memory_format=LAST)
     assert len(caught) == 1
-    flipped = [unit[0].transpose(0, 1).contiguous().transpose(0, 1), *unit[1:]]
-    assert torch.equal(ops.shuffle_unit(x, *flipped).out, wanted)
+    strided = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in main]
+    assert torch.equal(op(x, *strided).out, wanted)
 
 
-def test_compile_fullgraph() -> None:
-    """torch.compile takes the unit in one graph, forwards and backwards."""
-    x, unit = image(2, 8, 5, 6).requires_grad_(), weights(4, 6, 4, 3)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("folded", [False, True])
+def test_compile_and_export(kind: str, folded: bool) -> None:
+    """torch.compile and torch.export take the unit in one graph, forwards and backwards."""
+    size = Sizes(2, 8, 5, 6, 6, 5, 4, 3)
+    main, _ = unit(kind, size)
+    vectors = torch.rand(2, normalised(kind, size)) + 0.5
+    x = image(2, 8, 5, 6).requires_grad_()
 
-    def loss(x: Tensor) -> Tensor:
-        made = ops.shuffle_unit(x * 2, *unit, mid=5)
-        return made.out.square().sum() + made.mean.sum()
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if folded:
+                return getattr(ops, f"{kind}_infer")(x * 2, *main, *vectors, mid=5).square().sum()
+            made = getattr(ops, kind)(x * 2, *main, mid=5)
+            return made.out.square().sum() + made.mean.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    (wanted,) = torch.autograd.grad(loss(x), x)
-    (got,) = torch.autograd.grad(compiled(x), x)
+    (wanted,) = torch.autograd.grad(Net()(x), x)
+    (got,) = torch.autograd.grad(torch.compile(Net(), fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(got, wanted)
+    exported = torch.export.export(Net(), (x.detach(),)).module()
+    torch.testing.assert_close(exported(x.detach()), Net()(x.detach()))
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind: str, compiled: bool) -> None:
     """Under autocast the unit runs in its dtype, and statistics and the weights' gradients stay wide."""
-    x, unit = image(2, 8, 5, 6), [weight.requires_grad_() for weight in weights(4, 4, 4, 3)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = ops.shuffle_unit(x, *unit)
-    assert made.out.dtype == torch.bfloat16 and made.mean.dtype == torch.float32
-    made.out.float().sum().backward()
-    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in unit)
+    x, (main, _) = image(2, 8, 5, 6), unit(kind, SMALL)
+    main = [weight.requires_grad_() for weight in main]
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made = getattr(ops, kind)(x, *main)
+            with torch.no_grad():
+                folded = getattr(ops, f"{kind}_infer")(x, *main, None, torch.zeros_like(made.mean))
+        return made.out, made.mean, folded
+
+    out, mean, folded = torch.compile(run, fullgraph=True, backend="aot_eager")(x) if compiled else run(x)
+    assert out.dtype == folded.dtype == torch.bfloat16 and mean.dtype == torch.float32
+    out.float().sum().backward()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in main)
 
 
-def test_bad_values_show() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_values_show(kind: str) -> None:
     """A NaN in a channel of the branch shows in its output (ReLU does not swallow it); a passing one only passes."""
-    unit = weights(4, 4, 4, 3)
-    for channel, spoiled in ((1, True), (2, False)):
+    main, _ = unit(kind, SMALL)
+    vectors = torch.ones(2, normalised(kind, SMALL))
+    for channel, spoils in ((1, True), (2, False)):
         x = image(2, 8, 5, 6)
         x[0, channel, 2, 2] = torch.nan
-        out = ops.shuffle_unit(x, *unit).out
-        assert bool(out[:, 4:].isnan().any()) == spoiled
+        for out in (getattr(ops, kind)(x, *main).out, getattr(ops, f"{kind}_infer")(x, *main, *vectors)):
+            assert bool(out[:, 4:].isnan().any()) == spoils
 
 
 @pytest.mark.parametrize(
@@ -226,20 +368,26 @@ def test_bad_values_show() -> None:
         ({"gamma": torch.zeros(13)}, InputError, r"gamma must be \[14\]"),
         ({"mid": 6}, InputError, "mid must be from 1 to 5"),
         ({"mid": 0}, InputError, "mid must be from 1 to 5"),
-        ({"mid": 2.0}, TypeError, "mid must be an int, got float"),
+        ({"mid": 2.0}, TypeError, "mid must be an int or an int32 tensor, got float"),
+        ({"mid": torch.tensor(3)}, TypeError, r"mid must be .* got torch.int64 \[\]"),
+        ({"stride": 2}, InputError, "stride must be 1 for a unit without projection"),
+        ({"stride": 3}, InputError, "stride must be 1 or 2, got 3"),
+        ({"projection": (torch.zeros(8, 1, 3, 3), torch.zeros(8, 4, 1, 1))}, InputError, "must be"),
     ],
 )
 def test_errors(change: dict[str, Any], kind: type[Exception], message: str) -> None:
     """A mistake is named in one line."""
-    pw1, dw, pw2 = weights(4, 5, 4, 3)
+    pw1, dw, pw2 = unit("shuffle_unit", Sizes(2, 8, 3, 3, 5, 5, 4, 3))[0]
     with pytest.raises(kind, match=message) as caught:
         ops.shuffle_unit(**{"x": image(2, 8, 3, 3), "pw1": pw1, "dw": dw, "pw2": pw2, **change})
     assert "\n" not in str(caught.value)
 
 
-def test_backward_needs_what_is_saved() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_needs_what_is_saved(kind: str) -> None:
     """Backward after save=False is refused, not read from memory that is not there."""
-    x, unit = image(2, 8, 3, 3), weights(4, 4, 4, 3)
-    out, *saved = torch.ops.spos_fast.shuffle_unit(x, *unit, None, None, 4, 1e-5, False)
+    x, (main, _) = image(2, 8, 3, 3), unit(kind, SMALL)
+    rest = (*main, None, None, None, None, 4, None, 1, 1e-5)
+    out, *saved = getattr(torch.ops.spos_fast, kind)(x, *rest, False)
     with pytest.raises((RuntimeError, InputError), match="save"):
-        torch.ops.spos_fast.shuffle_unit_backward(out, x, *saved, *unit, None, None, 4)
+        getattr(torch.ops.spos_fast, f"{kind}_backward")(out, x, *saved, *rest)

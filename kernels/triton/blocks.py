@@ -83,9 +83,7 @@ def bn_act_cat_backward(
     return merging.merge_sums(found, channels, None)
 
 
-def _sums(
-    found: merging.Partial | None, x: Tensor, channels: int, width: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _sums(found: merging.Partial | None, x: Tensor, channels: int, width: Tensor | None) -> tuple[Tensor, Tensor]:
     if found is None:
         return torch.empty(0, dtype=wide(x), device=x.device), torch.empty(0, dtype=wide(x), device=x.device)
     return merging.merge_sums(found, channels, width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +13,6 @@ from spos_fast.kernels.matrix import (
     chunking,
     known,
     multiple,
-    present,
     store_pair,
     tl_wide,
     wide,
@@ -23,9 +21,7 @@ from spos_fast.kernels.matrix import (
 PIXELS, CHANNELS = 32, 64  # of a tile
 
 
-@triton.jit(
-    do_not_specialize=["pixels", "channels", "other_channels", "z_distance", "other_distance", "out_distance"]
-)
+@triton.jit(do_not_specialize=["pixels", "channels", "other_channels", "z_distance", "other_distance", "out_distance"])
 def concatenate_kernel(
     z, scale, shift, other, other_scale, other_shift, out,
     pixels, channels, other_channels, z_distance, other_distance, out_distance,
@@ -44,16 +40,16 @@ def concatenate_kernel(
     if block < other_blocks:
         column = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         mask = row_mask & (column < other_channels)[None, :]
-        value = tl.load(other + row[:, None] * other_distance + column[None, :] * STEP, mask=mask)
+        beside = tl.load(other + row[:, None] * other_distance + column[None, :] * STEP, mask=mask)
         if other_shift is not None:
-            value = activation(value.to(WIDE), other_scale, other_shift, column, column < other_channels, RELU)
-        tl.store(out_row + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+            beside = activation(beside.to(WIDE), other_scale, other_shift, column, column < other_channels, RELU)
+        tl.store(out_row + column[None, :], beside.to(out.dtype.element_ty), mask=mask)
     else:
         column = (block - other_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         mask = row_mask & (column < channels)[None, :]
-        value = tl.load(z + row[:, None] * z_distance + column[None, :], mask=mask).to(WIDE)
-        value = activation(value, scale, shift, column, column < channels, RELU)
-        tl.store(out_row + other_channels + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+        made = tl.load(z + row[:, None] * z_distance + column[None, :], mask=mask).to(WIDE)
+        made = activation(made, scale, shift, column, column < channels, RELU)
+        tl.store(out_row + other_channels + column[None, :], made.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "rows", "channels", "grad_distance", "z_distance"])

@@ -31,6 +31,7 @@ from spos_fast.kernels.matrix import (
 )
 
 PIXELS, CHANNELS = 32, 64  # of a tile
+WARPS = 8
 
 SIZES = ["pixels", "rows", "channels", "height", "width", "out_height", "out_width", "x_distance", "z_distance"]
 
@@ -77,7 +78,7 @@ def forward_kernel(
         top = pixel // out_width % out_height * STRIDE - K // 2
         image = (pixel // out_width // out_height).to(tl.int64) * height
         sum_ = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], WIDE)
-        for tap in range(0, K * K):
+        for tap in tl.range(0, K * K, disable_licm=True):
             y, column = top + tap // K, left + tap % K
             inside = pixel_mask & (y >= 0) & (y < height) & (column >= 0) & (column < width)
             place = ((image + y) * width + column)[:, None] * x_distance + c[None, :]
@@ -125,7 +126,7 @@ def data_gradient_kernel(
         bottom = pixel // width % height + K // 2
         image = (pixel // width // height).to(tl.int64) * out_height
         sum_ = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], WIDE)
-        for tap in range(0, K * K):
+        for tap in tl.range(0, K * K, disable_licm=True):
             # The output pixel that sees this one through the tap, if there is one.
             down, across = bottom - tap // K, right - tap % K
             inside = pixel_mask & (down >= 0) & (across >= 0) & (down % STRIDE == 0) & (across % STRIDE == 0)
@@ -219,7 +220,7 @@ def _forward(
         x.data, weight, x.scale, x.shift, x.width, z, partial, scale, shift,
         pixels, rows, x.channels, *shape, *distances,
         K=weight.shape[2], STRIDE=stride, RELU=x.relu, MULTIPLE=multiple(x.channels, *distances),
-        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS,
+        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def data_gradient(
         None if found is None else found.first,
         pixels, rows, x.channels, *shape, *distances,
         K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=multiple(x.channels, *distances),
-        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS,
+        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return found
 
@@ -254,6 +255,6 @@ def weight_gradient(y: Output, x: Input, shape: Shape, weight: Tensor, stride: i
         y.grad, y.z, y.norm, x.data, x.scale, x.shift, x.width, parts,
         pixels, rows, x.channels, *shape, *distances,
         K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=multiple(x.channels, *distances),
-        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS,
+        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return merging.merge_weight(parts, weight, x.width, None)

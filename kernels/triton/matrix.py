@@ -123,7 +123,7 @@ def present(channels, width):
 
 @triton.jit
 def activation(a, scale, shift, column, mask, RELU: tl.constexpr):
-    """scale * a + shift (each if there is one), then ReLU, on a tile. ReLU lets NaN through."""
+    """A tile normalised: scale * a + shift (each if there is one), then ReLU, which lets NaN through."""
     if scale is not None:
         a *= tl.load(scale + column, mask=mask, other=0.0)[None, :]
     if shift is not None:
@@ -135,7 +135,7 @@ def activation(a, scale, shift, column, mask, RELU: tl.constexpr):
 
 @triton.jit
 def convolution_gradient(grad, z, norm, channels, column, mask, RELU: tl.constexpr):
-    """dz of a tile, from the gradient behind batch norm (and ReLU): scale * (grad - offset - slope * (z - mean)).
+    """The dz of a tile, from the gradient behind batch norm (and ReLU): scale * (grad - offset - slope * (z - mean)).
 
     norm: [5, channels], the rows scale, shift, mean, offset and slope.
     """

@@ -40,6 +40,11 @@ def partial(x: Tensor, dtype: torch.dtype, channels: int, chunks: int, rows: int
     return Partial(pairs, pairs[:, 1], 2 * channels, chunks, rows, count)
 
 
+def whole(first: Tensor, second: Tensor, count: int) -> Partial:
+    """What another kernel has merged already, [channels], as a single chunk."""
+    return Partial(first, second, 0, 1, count, count)
+
+
 @triton.jit(do_not_specialize=["distance", "chunks", "rows", "count", "channels"])
 def moments_kernel(
     means, squares, mean_out, second_out, scale_out, shift_out, gamma, beta, width,
@@ -81,7 +86,9 @@ def moments_kernel(
         scale = tl.where(used, 1.0 / tl.sqrt(var + EPS), 0.0)
         if gamma is not None:
             scale *= tl.load(gamma + channel, mask=used, other=0.0).to(tl.float64)
-        shift = -mean * scale
+        # Of the rounded scale: at the mean its rounding then costs nothing.
+        scale = scale.to(scale_out.dtype.element_ty)
+        shift = -mean * scale.to(tl.float64)
         if beta is not None:
             shift += tl.load(beta + channel, mask=used, other=0.0).to(tl.float64)
         tl.store(scale_out + channel, scale, mask=stored)
@@ -98,7 +105,8 @@ def scale_shift_kernel(
     scale = 1.0 / tl.sqrt(tl.load(var + channel, mask=mask, other=0.0).to(tl.float64) + EPS)
     if gamma is not None:
         scale *= tl.load(gamma + channel, mask=mask, other=0.0).to(tl.float64)
-    shift = -tl.load(mean + channel, mask=mask, other=0.0).to(tl.float64) * scale
+    scale = scale.to(scale_out.dtype.element_ty)
+    shift = -tl.load(mean + channel, mask=mask, other=0.0).to(tl.float64) * scale.to(tl.float64)
     if beta is not None:
         shift += tl.load(beta + channel, mask=mask, other=0.0).to(tl.float64)
     tl.store(scale_out + channel, scale, mask=mask)

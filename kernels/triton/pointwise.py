@@ -27,6 +27,8 @@ from spos_fast.kernels.matrix import (
     wide,
 )
 
+# What the register budget wants: with four warps the gradients' kernels spill.
+LAUNCH = {"num_warps": 8, "num_stages": 2}
 SIZES = ["pixels", "rows", "channels_in", "channels_out", "first", "x_distance", "weight_distance"]
 
 
@@ -209,7 +211,7 @@ def weight_gradient_kernel(
 
 
 def blocks(x: Tensor, columns: int) -> tuple[int, int, int]:
-    """Rows, columns and depth of a tile of the product: what the registers of 128 threads hold."""
+    """Rows, columns and depth of a tile of the product."""
     if x.dtype == torch.float64:
         return 32, 32, 16
     return 64, 32 if columns <= 32 else 64, 32
@@ -245,7 +247,7 @@ def _forward(
         x.data, weight, x.scale, x.shift, x.width, width, z, partial, scale, shift,
         pixels, rows, x.channels, channels, x.first, *distances,
         STEP=x.step, RELU=x.relu, OUT_RELU=relu, MULTIPLE=_multiple(x, channels, *distances), WIDE=tl_wide(x.data),
-        BLOCK_PIXELS=block[0], BLOCK_IN=block[2], BLOCK_OUT=block[1],
+        BLOCK_PIXELS=block[0], BLOCK_IN=block[2], BLOCK_OUT=block[1], **LAUNCH,
     )  # fmt: skip
 
 
@@ -263,8 +265,8 @@ def data_gradient(
     """
     pixels = x.data.shape[0]
     block = blocks(x.data, x.channels)
-    columns = triton.cdiv(x.channels, block[1])
-    chunks, rows = chunking(pixels, block[0], columns)
+    block_pixels, columns = block[0] // 2, triton.cdiv(x.channels, block[1])  # half: dz needs registers too
+    chunks, rows = chunking(pixels, block_pixels, columns)
     found = None
     if centre is not None:
         found = merging.partial(x.data, wide(x.data), x.channels, chunks, rows, pixels)
@@ -274,7 +276,7 @@ def data_gradient(
         None if found is None else found.first,
         pixels, rows, x.channels, y.channels, x.first, *distances, 0 if passed is None else passed.stride(0),
         STEP=x.step, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, y.channels, *distances), WIDE=tl_wide(x.data),
-        BLOCK_PIXELS=block[0], BLOCK_OUT=block[2], BLOCK_IN=block[1],
+        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block[2], BLOCK_IN=block[1], **LAUNCH,
     )  # fmt: skip
     return found
 
@@ -291,6 +293,6 @@ def weight_gradient(y: Output, x: Input, weight: Tensor) -> Tensor:
         y.grad, y.z, y.norm, x.data, x.scale, x.shift, x.width, y.width, parts,
         pixels, rows, x.channels, y.channels, x.first, *distances,
         STEP=x.step, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, y.channels, *distances), WIDE=tl_wide(x.data),
-        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block, BLOCK_IN=block,
+        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block, BLOCK_IN=block, **LAUNCH,
     )  # fmt: skip
     return merging.merge_weight(parts, weight, y.width, x.width)

@@ -13,9 +13,8 @@ from spos_fast.kernels.matrix import (
     chunking,
     known,
     multiple,
-    store_pair,
+    store_sums,
     tl_wide,
-    wide,
 )
 
 PIXELS, CHANNELS = 32, 64  # of a tile
@@ -78,7 +77,7 @@ def sums_kernel(
         if RELU:
             g = tl.where(activation(value, scale, shift, column, column_mask, False) > 0, g, 0.0)
         total, product = add_sums(total, product, g, value, mean, column, column_mask, row_mask)
-    store_pair(partial, total, product, channels, column, column_mask)
+    store_sums(partial, total, product, channels, column, column_mask)
 
 
 def concatenate(
@@ -106,7 +105,7 @@ def sums(
     pixels, channels = z.shape
     columns = triton.cdiv(channels, CHANNELS)
     chunks, rows = chunking(pixels, PIXELS, columns)
-    found = merging.partial(z, wide(z), channels, chunks, rows, pixels)
+    found = merging.sums(z, channels, chunks, rows, pixels)
     sums_kernel[(chunks, columns)](
         grad, z, scale, shift, mean, found.first,
         pixels, rows, channels, grad.stride(0), z.stride(0),

@@ -25,7 +25,8 @@ from spos_fast.kernels.matrix import (
     known,
     multiple,
     present,
-    store_pair,
+    store_moments,
+    store_sums,
     tl_wide,
     wide,
 )
@@ -69,6 +70,7 @@ def forward_kernel(
     end = tl.minimum(begin + rows, pixels)
 
     count = tl.zeros([BLOCK_CHANNELS], WIDE)
+    pivot = tl.zeros([BLOCK_CHANNELS], WIDE)
     mean = tl.zeros([BLOCK_CHANNELS], WIDE)
     m2 = tl.zeros([BLOCK_CHANNELS], WIDE)
     for start in range(begin, end, BLOCK_PIXELS):
@@ -93,9 +95,9 @@ def forward_kernel(
         tl.store(z + pixel.to(tl.int64)[:, None] * z_distance + c[None, :], stored, mask=mask)
         if partial is not None:
             n = tl.minimum(end - start, BLOCK_PIXELS).to(WIDE)
-            count, mean, m2 = add_moments(count, mean, m2, stored.to(WIDE), pixel_mask, n)
+            count, pivot, mean, m2 = add_moments(count, pivot, mean, m2, stored.to(WIDE), pixel_mask, n)
     if partial is not None:
-        store_pair(partial, mean, m2, channels, c, used_c)
+        store_moments(partial, pivot, mean, m2, channels, c, used_c)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "grad_distance", "out_distance"])
@@ -150,7 +152,7 @@ def data_gradient_kernel(
         if partial is not None:
             total, product = add_sums(total, product, result.to(WIDE), a, centre, c, used_c, pixel_mask)
     if partial is not None:
-        store_pair(partial, total, product, channels, c, used_c)
+        store_sums(partial, total, product, channels, c, used_c)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "grad_distance"])
@@ -197,7 +199,7 @@ def forward(x: Input, shape: Shape, weight: Tensor, stride: int, z: Tensor) -> m
     """Fill z, [output pixels, channels]; returns mean and second moment of each chunk."""
     pixels = z.shape[0]
     chunks, rows = chunking(pixels, PIXELS, triton.cdiv(x.channels, CHANNELS))
-    found = merging.partial(x.data, wide(x.data), x.channels, chunks, rows, pixels)
+    found = merging.moments(x.data, x.channels, chunks, rows, pixels)
     _forward(x, shape, weight, stride, z, found.first, None, None)
     return found
 
@@ -219,9 +221,13 @@ def _forward(
     forward_kernel[(chunks, columns)](
         x.data, weight, x.scale, x.shift, x.width, z, partial, scale, shift,
         pixels, rows, x.channels, *shape, *distances,
-        K=weight.shape[2], STRIDE=stride, RELU=x.relu, MULTIPLE=multiple(x.channels, *distances),
+        K=weight.shape[2], STRIDE=stride, RELU=x.relu, MULTIPLE=_multiple(x, *distances),
         WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
+
+
+def _multiple(x: Input, *sizes: int) -> int:
+    return min(4, multiple(x.channels, *sizes))  # 8 needs twice the registers for what a channel has
 
 
 def data_gradient(
@@ -232,13 +238,13 @@ def data_gradient(
     chunks, rows = chunking(pixels, PIXELS, columns)
     found = None
     if centre is not None:
-        found = merging.partial(x.data, wide(x.data), x.channels, chunks, rows, pixels)
+        found = merging.sums(x.data, x.channels, chunks, rows, pixels)
     distances = x.data.stride(0), y.z.stride(0), y.grad.stride(0), out.stride(0)
     data_gradient_kernel[(chunks, columns)](
         y.grad, y.z, y.norm, x.data, weight, x.scale, x.shift, centre, x.width, out,
         None if found is None else found.first,
         pixels, rows, x.channels, *shape, *distances,
-        K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=multiple(x.channels, *distances),
+        K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, *distances),
         WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return found
@@ -254,7 +260,7 @@ def weight_gradient(y: Output, x: Input, shape: Shape, weight: Tensor, stride: i
     weight_gradient_kernel[(chunks, columns, taps)](
         y.grad, y.z, y.norm, x.data, x.scale, x.shift, x.width, parts,
         pixels, rows, x.channels, *shape, *distances,
-        K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=multiple(x.channels, *distances),
+        K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, *distances),
         WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return merging.merge_weight(parts, weight, x.width, None)

@@ -151,9 +151,15 @@ def convolution_gradient(grad, z, norm, channels, column, mask, RELU: tl.constex
 
 
 @triton.jit
-def add_moments(count, mean, m2, tile, row_mask, n):
-    """Count, mean and second moment of each column, with n further rows of a tile (those of row_mask)."""
+def add_moments(count, pivot, mean, m2, tile, row_mask, n):
+    """Count, mean and second moment of each column, with n further rows of a tile (those of row_mask).
+
+    The mean is kept in two parts, pivot + mean, with the pivot (the first tile's mean) near the values: a mean far
+    from zero then costs the second moment no digits.
+    """
     tile = tl.where(row_mask[:, None], tile, 0.0)
+    pivot = tl.where(count > 0, pivot, tl.sum(tile, axis=0) / n)
+    tile = tl.where(row_mask[:, None], tile - pivot[None, :], 0.0)
     centre = tl.sum(tile, axis=0) / n
     residual = tl.where(row_mask[:, None], tile - centre[None, :], 0.0)
     # Chan, Golub and LeVeque, 1979.
@@ -161,7 +167,7 @@ def add_moments(count, mean, m2, tile, row_mask, n):
     delta = centre - mean
     mean += delta * (n / total)
     m2 += tl.sum(residual * residual, axis=0) + delta * delta * (count * n / total)
-    return total, mean, m2
+    return total, pivot, mean, m2
 
 
 @triton.jit
@@ -175,8 +181,17 @@ def add_sums(total, product, gradient, a, centre, column, mask, row_mask):
 
 
 @triton.jit
-def store_pair(partial, first, second, channels, column, mask):
-    """Two values of each column as this program's rows of partial, [chunks, 2, channels]."""
+def store_sums(partial, total, product, channels, column, mask):
+    """Both sums of each column as this program's rows of partial, [chunks, 2, channels]."""
     out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + column
-    tl.store(out, first, mask=mask)
-    tl.store(out + channels, second, mask=mask)
+    tl.store(out, total, mask=mask)
+    tl.store(out + channels, product, mask=mask)
+
+
+@triton.jit
+def store_moments(partial, pivot, mean, m2, channels, column, mask):
+    """Moments of each column as this program's rows of partial, [chunks, 3, channels]."""
+    out = partial + tl.program_id(0).to(tl.int64) * 3 * channels + column
+    tl.store(out, mean, mask=mask)
+    tl.store(out + channels, m2, mask=mask)
+    tl.store(out + 2 * channels, pivot, mask=mask)

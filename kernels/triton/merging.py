@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spos_fast.kernels.matrix import present
+from spos_fast.kernels.matrix import present, wide
 
 CHUNKS, CHANNELS = 32, 16  # of a tile
 
@@ -22,32 +22,40 @@ class Partial(NamedTuple):
 
     Attributes:
         first, second: the rows of each chunk, ``distance`` elements apart, in the statistics' dtype.
+        pivot: what first is to be added to; None for nothing.
         chunks: their number; all but the last cover ``rows`` pixels.
         count: pixels in all.
     """
 
     first: Tensor
     second: Tensor
+    pivot: Tensor | None
     distance: int
     chunks: int
     rows: int
     count: int
 
 
-def partial(x: Tensor, dtype: torch.dtype, channels: int, chunks: int, rows: int, count: int) -> Partial:
-    """Memory for a pass's findings, [chunks, 2, channels]."""
-    pairs = torch.empty((chunks, 2, channels), dtype=dtype, device=x.device)
-    return Partial(pairs, pairs[:, 1], 2 * channels, chunks, rows, count)
+def moments(x: Tensor, channels: int, chunks: int, rows: int, count: int) -> Partial:
+    """Memory for the moments of a pass over x: [chunks, 3, channels]."""
+    found = torch.empty((chunks, 3, channels), dtype=wide(x), device=x.device)
+    return Partial(found, found[:, 1], found[:, 2], 3 * channels, chunks, rows, count)
+
+
+def sums(x: Tensor, channels: int, chunks: int, rows: int, count: int) -> Partial:
+    """Memory for the sums of a pass over x: [chunks, 2, channels]."""
+    found = torch.empty((chunks, 2, channels), dtype=wide(x), device=x.device)
+    return Partial(found, found[:, 1], None, 2 * channels, chunks, rows, count)
 
 
 def whole(first: Tensor, second: Tensor, count: int) -> Partial:
     """What another kernel has merged already, [channels], as a single chunk."""
-    return Partial(first, second, 0, 1, count, count)
+    return Partial(first, second, None, 0, 1, count, count)
 
 
 @triton.jit(do_not_specialize=["distance", "chunks", "rows", "count", "channels"])
 def moments_kernel(
-    means, squares, mean_out, second_out, scale_out, shift_out, gamma, beta, width,
+    means, squares, pivots, mean_out, second_out, scale_out, shift_out, gamma, beta, width,
     distance, chunks, rows, count, channels,
     EPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +74,8 @@ def moments_kernel(
         mask = (chunk < chunks)[:, None] & used[None, :]
         place = chunk.to(tl.int64)[:, None] * distance + channel[None, :]
         tile_mean = tl.load(means + place, mask=mask, other=0.0).to(tl.float64)
+        if pivots is not None:
+            tile_mean += tl.load(pivots + place, mask=mask, other=0.0).to(tl.float64)
         tile_m2 = tl.load(squares + place, mask=mask, other=0.0).to(tl.float64)
         n = tl.minimum(tl.maximum(count - chunk.to(tl.int64) * rows, 0), rows).to(tl.float64)[:, None]
         n_tile = tl.sum(n, axis=0)
@@ -187,7 +197,7 @@ def _moments(
 ) -> None:  # fmt: skip
     channels = mean.shape[0]
     moments_kernel[(triton.cdiv(channels, CHANNELS),)](
-        found.first, found.second, mean, second, scale, shift, gamma, beta, width,
+        found.first, found.second, found.pivot, mean, second, scale, shift, gamma, beta, width,
         found.distance, found.chunks, found.rows, found.count, channels,
         EPS=eps, CHUNKS=CHUNKS, CHANNELS=CHANNELS,
     )  # fmt: skip

@@ -22,7 +22,8 @@ from spos_fast.kernels.matrix import (
     known,
     multiple,
     present,
-    store_pair,
+    store_moments,
+    store_sums,
     tl_wide,
     wide,
 )
@@ -60,6 +61,7 @@ def forward_kernel(
     end = tl.minimum(begin + rows, pixels)
 
     count = tl.zeros([BLOCK_OUT], WIDE)
+    pivot = tl.zeros([BLOCK_OUT], WIDE)
     mean = tl.zeros([BLOCK_OUT], WIDE)
     m2 = tl.zeros([BLOCK_OUT], WIDE)
     for start in range(begin, end, BLOCK_PIXELS):
@@ -86,9 +88,9 @@ def forward_kernel(
         tl.store(z + row.to(tl.int64)[:, None] * z_distance + column[None, :], stored, mask=mask)
         if partial is not None:
             n = tl.minimum(end - start, BLOCK_PIXELS).to(WIDE)
-            count, mean, m2 = add_moments(count, mean, m2, stored.to(WIDE), row_mask, n)
+            count, pivot, mean, m2 = add_moments(count, pivot, mean, m2, stored.to(WIDE), row_mask, n)
     if partial is not None:
-        store_pair(partial, mean, m2, channels_out, column, column < used_out)
+        store_moments(partial, pivot, mean, m2, channels_out, column, column < used_out)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "grad_distance", "z_distance", "out_distance", "passed_distance"])
@@ -159,7 +161,7 @@ def data_gradient_kernel(
         if partial is not None:
             total, product = add_sums(total, product, result.to(WIDE), a, centre, j, used_columns, row_mask)
     if partial is not None:
-        store_pair(partial, total, product, channels_in, j, used_columns)
+        store_sums(partial, total, product, channels_in, j, used_columns)
 
 
 @triton.jit(do_not_specialize=[*SIZES[:-1], "grad_distance", "z_distance"])
@@ -222,7 +224,7 @@ def forward(x: Input, weight: Tensor, channels: int, width: Tensor | None, z: Te
     pixels = x.data.shape[0]
     block = blocks(x.data, channels)
     chunks, rows = chunking(pixels, block[0], triton.cdiv(channels, block[1]))
-    found = merging.partial(x.data, wide(x.data), channels, chunks, rows, pixels)
+    found = merging.moments(x.data, channels, chunks, rows, pixels)
     _forward(x, weight, channels, width, z, found.first, None, None, False)
     return found
 
@@ -269,7 +271,7 @@ def data_gradient(
     chunks, rows = chunking(pixels, block_pixels, columns)
     found = None
     if centre is not None:
-        found = merging.partial(x.data, wide(x.data), x.channels, chunks, rows, pixels)
+        found = merging.sums(x.data, x.channels, chunks, rows, pixels)
     distances = x.data.stride(0), weight.shape[1], y.grad.stride(0), y.z.stride(0), out.stride(0)
     data_gradient_kernel[(chunks, columns)](
         y.grad, y.z, y.norm, x.data, weight, x.scale, x.shift, centre, x.width, y.width, passed, out,

@@ -32,7 +32,8 @@ from spos_fast.kernels.matrix import (
 )
 
 PIXELS, CHANNELS = 32, 64  # of a tile
-WARPS = 8
+# The compiler would rather spill a few bytes than leave an SM to one block; here it may not.
+OPTIONS = {"num_warps": 8, "maxnreg": 248}
 
 SIZES = ["pixels", "rows", "channels", "height", "width", "out_height", "out_width", "x_distance", "z_distance"]
 
@@ -85,7 +86,7 @@ def forward_kernel(
             inside = pixel_mask & (y >= 0) & (y < height) & (column >= 0) & (column < width)
             place = ((image + y) * width + column)[:, None] * x_distance + c[None, :]
             a = tl.load(x + place, mask=inside[:, None] & stored_c[None, :], other=0.0)
-            a = activation(a.to(WIDE), scale, shift, c, used_c, RELU)
+            a = activation(a.to(WIDE), scale, shift, c, stored_c, RELU)
             a = tl.where(inside[:, None] & used_c[None, :], a, 0.0)
             sum_ += a * tl.load(weight + c * (K * K) + tap, mask=used_c, other=0.0).to(WIDE)[None, :]
         if partial is None:
@@ -138,7 +139,7 @@ def data_gradient_kernel(
             mask = inside[:, None] & stored_c[None, :]
             g = tl.load(grad + place * grad_distance + c[None, :], mask=mask, other=0.0).to(WIDE)
             value = tl.load(z + place * z_distance + c[None, :], mask=mask, other=0.0).to(WIDE)
-            dz = convolution_gradient(g, value, norm, channels, c, used_c, RELU)
+            dz = convolution_gradient(g, value, norm, channels, c, stored_c, RELU)
             dz = tl.where(inside[:, None] & used_c[None, :], dz, 0.0)
             sum_ += dz * tl.load(weight + c * (K * K) + tap, mask=used_c, other=0.0).to(WIDE)[None, :]
         mask = pixel_mask[:, None] & stored_c[None, :]
@@ -146,11 +147,11 @@ def data_gradient_kernel(
         if IN_RELU or partial is not None:
             a = tl.load(x + row64 * x_distance + c[None, :], mask=mask, other=0.0).to(WIDE)
             if IN_RELU:
-                sum_ = tl.where(activation(a, scale, shift, c, used_c, False) > 0, sum_, 0.0)
+                sum_ = tl.where(activation(a, scale, shift, c, stored_c, False) > 0, sum_, 0.0)
         result = sum_.to(out.dtype.element_ty)
         tl.store(out + row64 * out_distance + c[None, :], result, mask=mask)
         if partial is not None:
-            total, product = add_sums(total, product, result.to(WIDE), a, centre, c, used_c, pixel_mask)
+            total, product = add_sums(total, product, result.to(WIDE), a, centre, c, stored_c, pixel_mask)
     if partial is not None:
         store_sums(partial, total, product, channels, c, used_c)
 
@@ -185,11 +186,11 @@ def weight_gradient_kernel(
         mask = inside[:, None] & stored_c[None, :]
         place = ((image + y) * width + column)[:, None] * x_distance
         a = tl.load(x + place + c[None, :], mask=mask, other=0.0)
-        a = activation(a.to(WIDE), scale, shift, c, used_c, IN_RELU)
+        a = activation(a.to(WIDE), scale, shift, c, stored_c, IN_RELU)
         row64 = pixel.to(tl.int64)[:, None]
         g = tl.load(grad + row64 * grad_distance + c[None, :], mask=mask, other=0.0).to(WIDE)
         value = tl.load(z + row64 * z_distance + c[None, :], mask=mask, other=0.0).to(WIDE)
-        dz = convolution_gradient(g, value, norm, channels, c, used_c, RELU)
+        dz = convolution_gradient(g, value, norm, channels, c, stored_c, RELU)
         sum_ += tl.sum(tl.where(inside[:, None] & used_c[None, :], dz * a, 0.0), axis=0)
     out = parts + (tl.program_id(0).to(tl.int64) * channels + c) * (K * K) + tap
     tl.store(out, sum_, mask=stored_c)
@@ -222,7 +223,7 @@ def _forward(
         x.data, weight, x.scale, x.shift, x.width, z, partial, scale, shift,
         pixels, rows, x.channels, *shape, *distances,
         K=weight.shape[2], STRIDE=stride, RELU=x.relu, MULTIPLE=_multiple(x, *distances),
-        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
+        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, **OPTIONS,
     )  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def data_gradient(
         None if found is None else found.first,
         pixels, rows, x.channels, *shape, *distances,
         K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, *distances),
-        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
+        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, **OPTIONS,
     )  # fmt: skip
     return found
 
@@ -261,6 +262,6 @@ def weight_gradient(y: Output, x: Input, shape: Shape, weight: Tensor, stride: i
         y.grad, y.z, y.norm, x.data, x.scale, x.shift, x.width, parts,
         pixels, rows, x.channels, *shape, *distances,
         K=weight.shape[2], STRIDE=stride, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, *distances),
-        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, num_warps=WARPS,
+        WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, **OPTIONS,
     )  # fmt: skip
     return merging.merge_weight(parts, weight, x.width, None)

@@ -28,9 +28,17 @@ from spos_fast.kernels.matrix import (
     wide,
 )
 
-# What the register budget wants: with four warps the gradients' kernels spill.
-LAUNCH = {"num_warps": 8, "num_stages": 2}
 SIZES = ["pixels", "rows", "channels_in", "channels_out", "first", "x_distance", "weight_distance"]
+
+
+@triton.jit
+def only_used(w, j, o, used_in, used_out, width_in, width_out):
+    """A tile of the weight with zeros for absent channels, whatever stands there."""
+    if width_in is not None:
+        w = tl.where(j < used_in, w, 0.0)
+    if width_out is not None:
+        w = tl.where(o < used_out, w, 0.0)
+    return w
 
 
 @triton.jit(do_not_specialize=[*SIZES, "z_distance"])
@@ -71,15 +79,14 @@ def forward_kernel(
         sum_ = tl.zeros([BLOCK_PIXELS, BLOCK_OUT], WIDE)
         for place in range(0, used_in, BLOCK_IN):
             j = place + tl.arange(0, BLOCK_IN)
-            # Loads go by the stored channels, whose number the compiler knows a divisor of, and end at most a block
-            # behind the used ones.
+            # Loads go by the channels that the sizes provide for, whose number the compiler knows a divisor of: they
+            # are wide then. They end at most a block behind the used ones.
             a = tl.load(x_rows + j[None, :] * STEP, mask=row_mask[:, None] & (j < channels_in)[None, :], other=0.0)
-            a = activation(a.to(WIDE), scale, shift, j, j < used_in, RELU)
+            a = activation(a.to(WIDE), scale, shift, j, j < channels_in, RELU)
             if width_in is not None:
                 a = tl.where((j < used_in)[None, :], a, 0.0)
-            w = tl.load(
-                weight_columns + j[:, None], mask=(j < used_in)[:, None] & (column < used_out)[None, :], other=0.0
-            )
+            w = tl.load(weight_columns + j[:, None], mask=(j < channels_in)[:, None] & column_mask[None, :], other=0.0)
+            w = only_used(w, j[:, None], column[None, :], used_in, used_out, width_in, width_out)
             sum_ = tl.dot(a.to(w.dtype), w, sum_, input_precision="ieee", out_dtype=WIDE)
         if partial is None:
             sum_ = activation(sum_, out_scale, out_shift, column, column < used_out, OUT_RELU)
@@ -113,11 +120,11 @@ def data_gradient_kernel(
     channels_in, channels_out = known(channels_in, MULTIPLE), known(channels_out, MULTIPLE)
     x_distance, z_distance = known(x_distance, MULTIPLE), known(z_distance, MULTIPLE)
     grad_distance, out_distance = known(grad_distance, MULTIPLE), known(out_distance, MULTIPLE)
-    weight_distance = known(weight_distance, MULTIPLE)
+    weight_distance, passed_distance = known(weight_distance, MULTIPLE), known(passed_distance, MULTIPLE)
     if STEP == 1:
         first = known(first, MULTIPLE)
     j = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    stored_columns, used_columns = j < channels_in, j < used_in
+    columns = j < channels_in
     begin = tl.program_id(0) * rows
     end = tl.minimum(begin + rows, pixels)
 
@@ -133,20 +140,21 @@ def data_gradient_kernel(
             mask = row_mask[:, None] & (o < channels_out)[None, :]
             g = tl.load(grad + row64 * grad_distance + o[None, :], mask=mask, other=0.0).to(WIDE)
             value = tl.load(z + row64 * z_distance + o[None, :], mask=mask, other=0.0).to(WIDE)
-            dz = convolution_gradient(g, value, norm, channels_out, o, o < used_out, RELU)
+            dz = convolution_gradient(g, value, norm, channels_out, o, o < channels_out, RELU)
             if width_out is not None:
                 dz = tl.where((o < used_out)[None, :], dz, 0.0)
             w = tl.load(
                 weight + o[:, None] * weight_distance + j[None, :],
-                mask=(o < used_out)[:, None] & used_columns[None, :],
+                mask=(o < channels_out)[:, None] & columns[None, :],
                 other=0.0,
             )
+            w = only_used(w, j[None, :], o[:, None], used_in, used_out, width_in, width_out)
             sum_ = tl.dot(dz.to(w.dtype), w, sum_, input_precision="ieee", out_dtype=WIDE)
-        mask = row_mask[:, None] & stored_columns[None, :]
+        mask = row_mask[:, None] & columns[None, :]
         if IN_RELU or partial is not None:
             a = tl.load(x + first + row64 * x_distance + j[None, :] * STEP, mask=mask, other=0.0).to(WIDE)
             if IN_RELU:
-                sum_ = tl.where(activation(a, scale, shift, j, used_columns, False) > 0, sum_, 0.0)
+                sum_ = tl.where(activation(a, scale, shift, j, columns, False) > 0, sum_, 0.0)
         result = sum_.to(out.dtype.element_ty)
         if passed is None:
             tl.store(out + row64 * out_distance + j[None, :], result, mask=mask)
@@ -159,9 +167,9 @@ def data_gradient_kernel(
                 mask=row_mask[:, None] & (both < 2 * channels_in)[None, :],
             )
         if partial is not None:
-            total, product = add_sums(total, product, result.to(WIDE), a, centre, j, used_columns, row_mask)
+            total, product = add_sums(total, product, result.to(WIDE), a, centre, j, columns, row_mask)
     if partial is not None:
-        store_sums(partial, total, product, channels_in, j, used_columns)
+        store_sums(partial, total, product, channels_in, j, j < used_in)
 
 
 @triton.jit(do_not_specialize=[*SIZES[:-1], "grad_distance", "z_distance"])
@@ -185,7 +193,6 @@ def weight_gradient_kernel(
         first = known(first, MULTIPLE)
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     j = tl.program_id(2) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    used_o, used_j = o < used_out, j < used_in
     begin = tl.program_id(0) * rows
     end = tl.minimum(begin + rows, pixels)
 
@@ -197,13 +204,13 @@ def weight_gradient_kernel(
         mask = row_mask[:, None] & (o < channels_out)[None, :]
         g = tl.load(grad + row64 * grad_distance + o[None, :], mask=mask, other=0.0).to(WIDE)
         value = tl.load(z + row64 * z_distance + o[None, :], mask=mask, other=0.0).to(WIDE)
-        dz = convolution_gradient(g, value, norm, channels_out, o, used_o, RELU)
-        dz = tl.where(row_mask[:, None] & used_o[None, :], dz, 0.0)
+        dz = convolution_gradient(g, value, norm, channels_out, o, o < channels_out, RELU)
+        dz = tl.where(row_mask[:, None] & (o < used_out)[None, :], dz, 0.0)
         mask = row_mask[:, None] & (j < channels_in)[None, :]
         a = tl.load(x + first + row64 * x_distance + j[None, :] * STEP, mask=mask, other=0.0)
-        a = activation(a.to(WIDE), scale, shift, j, used_j, IN_RELU)
+        a = activation(a.to(WIDE), scale, shift, j, j < channels_in, IN_RELU)
         if width_in is not None:
-            a = tl.where(used_j[None, :], a, 0.0)
+            a = tl.where((j < used_in)[None, :], a, 0.0)
         narrow = x.dtype.element_ty
         sum_ = tl.dot(tl.trans(dz.to(narrow)), a.to(narrow), sum_, input_precision="ieee", out_dtype=WIDE)
     out = parts + tl.program_id(0).to(tl.int64) * channels_out * channels_in
@@ -217,6 +224,17 @@ def blocks(x: Tensor, columns: int) -> tuple[int, int, int]:
     if x.dtype == torch.float64:
         return 32, 32, 16
     return 64, 32 if columns <= 32 else 64, 32
+
+
+def options(x: Tensor) -> dict[str, int]:
+    """How to compile and launch: what leaves no register in local memory on sm_80 and sm_90.
+
+    Float32 is multiplied outside of the tensor cores, to its full precision, and needs the registers that loading a
+    tile ahead would take.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return {"num_warps": 8, "num_stages": 2}
+    return {"num_warps": 8, "num_stages": 1, "maxnreg": 248}
 
 
 def forward(x: Input, weight: Tensor, channels: int, width: Tensor | None, z: Tensor) -> merging.Partial:
@@ -249,7 +267,7 @@ def _forward(
         x.data, weight, x.scale, x.shift, x.width, width, z, partial, scale, shift,
         pixels, rows, x.channels, channels, x.first, *distances,
         STEP=x.step, RELU=x.relu, OUT_RELU=relu, MULTIPLE=_multiple(x, channels, *distances), WIDE=tl_wide(x.data),
-        BLOCK_PIXELS=block[0], BLOCK_IN=block[2], BLOCK_OUT=block[1], **LAUNCH,
+        BLOCK_PIXELS=block[0], BLOCK_IN=block[2], BLOCK_OUT=block[1], **options(x.data),
     )  # fmt: skip
 
 
@@ -273,12 +291,13 @@ def data_gradient(
     if centre is not None:
         found = merging.sums(x.data, x.channels, chunks, rows, pixels)
     distances = x.data.stride(0), weight.shape[1], y.grad.stride(0), y.z.stride(0), out.stride(0)
+    distances += (0 if passed is None else passed.stride(0),)
     data_gradient_kernel[(chunks, columns)](
         y.grad, y.z, y.norm, x.data, weight, x.scale, x.shift, centre, x.width, y.width, passed, out,
         None if found is None else found.first,
-        pixels, rows, x.channels, y.channels, x.first, *distances, 0 if passed is None else passed.stride(0),
+        pixels, rows, x.channels, y.channels, x.first, *distances,
         STEP=x.step, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, y.channels, *distances), WIDE=tl_wide(x.data),
-        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block[2], BLOCK_IN=block[1], **LAUNCH,
+        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block[2], BLOCK_IN=block[1], **options(x.data),
     )  # fmt: skip
     return found
 
@@ -295,6 +314,6 @@ def weight_gradient(y: Output, x: Input, weight: Tensor) -> Tensor:
         y.grad, y.z, y.norm, x.data, x.scale, x.shift, x.width, y.width, parts,
         pixels, rows, x.channels, y.channels, x.first, *distances,
         STEP=x.step, RELU=y.relu, IN_RELU=x.relu, MULTIPLE=_multiple(x, y.channels, *distances), WIDE=tl_wide(x.data),
-        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block, BLOCK_IN=block, **LAUNCH,
+        BLOCK_PIXELS=block_pixels, BLOCK_OUT=block, BLOCK_IN=block, **options(x.data),
     )  # fmt: skip
     return merging.merge_weight(parts, weight, y.width, x.width)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spos_fast.sampling import Constraint, UniformSampler
     from spos_fast.spaces import Cost
     from spos_fast.training import Metrics, TrainConfig, train
+    from spos_fast.widening import WideningSampler
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOME = {
     "SearchResult": "evolution",
     "TrainConfig": "training",
     "UniformSampler": "sampling",
+    "WideningSampler": "widening",
     "evaluate": "evaluation",
     "evolve": "evolution",
     "explain": "ops",
@@ -56,6 +58,7 @@ __all__ = [
     "SearchResult",
     "TrainConfig",
     "UniformSampler",
+    "WideningSampler",
     "evaluate",
     "evolve",
     "explain",

@@ -121,6 +121,7 @@ class _Pool:
     def write(self, layer: _BatchNorm) -> None:
         if self.mean is None or self.m2 is None:
             return
-        layer.running_mean.copy_(self.mean)  # type: ignore[union-attr]
-        layer.running_var.copy_(self.m2 / max(self.count - 1, 1))  # type: ignore[union-attr]
+        # A layer that runs as a slice has seen its first channels only.
+        layer.running_mean[: len(self.mean)] = self.mean  # type: ignore[index]
+        layer.running_var[: len(self.mean)] = self.m2 / max(self.count - 1, 1)  # type: ignore[index]
         layer.num_batches_tracked.fill_(self.batches)  # type: ignore[union-attr]

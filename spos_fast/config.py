@@ -14,9 +14,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spos_fast.calibration import MODES
 from spos_fast.data import DataSource, load
 from spos_fast.errors import InputError
-from spos_fast.sampling import Constraint
+from spos_fast.sampling import Constraint, UniformSampler
 from spos_fast.spaces import SPACES, Space
 from spos_fast.training import TrainConfig
+from spos_fast.widening import WideningSampler
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,6 +82,9 @@ class SpaceConfig:
         head_channels: channels of the last convolution.
         dropout: probability before the classifier.
         init: initial weights: published, or pytorch (better for short schedules).
+        channels: ratios that the mid channels of every block are searched in, such as 0.2,0.4,0.6; empty: no widths.
+        blocks: choice block of every layer by index, for a search of widths only; one number stands for all layers.
+            Empty: blocks are searched.
     """
 
     name: str = "shufflenet_v2"
@@ -92,6 +96,8 @@ class SpaceConfig:
     head_channels: int = 1024
     dropout: float = 0.1
     init: str = "published"
+    channels: tuple[float, ...] = ()
+    blocks: tuple[int, ...] = ()
 
     def make(self, *, input_size: int, in_channels: int, num_classes: int) -> Space:
         """The space for images of one data set."""
@@ -128,11 +134,36 @@ class CostRange:
 
 @dataclass(frozen=True)
 class SupernetConfig(CostRange, TrainConfig):
-    """Training of the supernet; the ranges of cost are those of the sampled paths."""
+    """Training of the supernet; the ranges of cost are those of the sampled paths.
+
+    Attributes:
+        widening_start: share of the steps in which blocks run at their widest ratio only.
+        widening_end: share of the steps after which all ratios are drawn, within the ranges of cost; in between the
+            smaller ones join one by one. 0: all from the first step on.
+    """
+
+    widening_start: float = 0.0
+    widening_end: float = 0.0
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         _ = self.constraint
+        if not 0 <= self.widening_start <= self.widening_end <= 1:
+            raise InputError(
+                f"widening_start, widening_end: got {self.widening_start:g} and {self.widening_end:g}; "
+                "expected shares of the steps, the first not above the second"
+            )
+
+    def sampler(self, space: Space) -> UniformSampler | WideningSampler:
+        """What draws the paths of the training.
+
+        Raises:
+            InputError: an infeasible constraint, or a widening schedule for a space without widths.
+        """
+        sampler = UniformSampler(space, self.constraint)
+        if self.widening_end == 0:
+            return sampler
+        return WideningSampler(sampler, self.steps, self.widening_start, self.widening_end)
 
 
 @dataclass(frozen=True)
@@ -350,7 +381,8 @@ def parse_flag(name: str, text: str, kind: Any) -> Any:
             raise InputError(f"{name}: got {text!r}; expected a number") from None
         return _typed(name, int(number) if kind is int and number.is_integer() else number, kind)
     if get_origin(kind) is tuple:
-        return _typed(name, [parse_flag(name, part, int) for part in text.split(",")], kind)
+        element = get_args(kind)[0]
+        return _typed(name, [parse_flag(name, part, element) for part in text.split(",") if text], kind)
     return text
 
 
@@ -360,8 +392,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         kind = next(option for option in get_args(kind) if option is not type(None))
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name}: got {value!r}; expected a list of integers")
-        return tuple(_typed(name, entry, int) for entry in value)
+            raise InputError(f"{name}: got {value!r}; expected a list of numbers")
+        return tuple(_typed(name, entry, get_args(kind)[0]) for entry in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = kind if isinstance(kind, type) else str

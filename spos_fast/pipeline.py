@@ -79,7 +79,7 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
                 asked = config.search.calibration_images
                 raise InputError(f"calibration_images: got {asked:,}; the training part has {source.train_size:,}")
         elif stage == "train":
-            UniformSampler(space, config.train.constraint)
+            config.train.sampler(space)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if stage in ("train", "retrain") and getattr(config, stage).batch_size % processes:
             size = getattr(config, stage).batch_size
@@ -97,7 +97,7 @@ def train_supernet(job: Job) -> None:
         InputError, CheckpointError: see :func:`spos_fast.train`.
     """
     config = job.config
-    sampler = UniformSampler(job.space, config.train.constraint)
+    sampler = config.train.sampler(job.space)
     torch.manual_seed(config.seed)
     net = job.space.supernet().to(job.device)
     with _metrics(job, "supernet", config.train.steps) as (checkpoint, on_resume, on_metrics):
@@ -228,12 +228,10 @@ def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[
 
 
 def baselines(job: Job) -> dict[str, Architecture]:
-    """The architectures of the paper's comparison: best of evolution and of random search, each choice everywhere, and
-    random ones within the search's constraint.
+    """The architectures of the paper's comparison: best of evolution and of random search, uniform networks, and random
+    ones within the search's constraint.
     """
-    chosen = searched(job)
-    for choice, name in enumerate(job.space.choices[0]):
-        chosen[f"all_{name}"] = job.space.everywhere(choice)
+    chosen = searched(job) | job.space.baselines()
     sampler = UniformSampler(job.space, job.config.search.constraint)
     rng = np.random.default_rng([job.config.seed, 2])
     for number in range(job.config.retrain.random_architectures):

@@ -158,7 +158,9 @@ def resolve(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> 
                 raise _differs(path, part, value, asked[part])
             continue
         wanted = plain(config_from({part: asked[part]}, "settings"))[part]
-        for key in bound[part]:
+        for key in value:
+            if (part, key) == ("data", "path"):
+                continue
             if wanted[key] != value[key]:
                 raise _differs(path, f"{part}.{key}", value[key], wanted[key])
     return config

@@ -1,8 +1,9 @@
 """Uniform sampling of architectures, with and without ranges of cost.
 
 The constrained sampler is exactly uniform over the architectures inside the ranges. It counts, for every reachable
-partial sum of one metric, how many completions end inside the range, and draws every gene in proportion to those
-counts; further metrics are met by rejection, which keeps a uniform distribution uniform.
+partial sum of one metric, how many completions end inside the range, and draws the genes of every layer in proportion
+to those counts. Where a space has too many partial sums, they are counted in coarser units, in a range that is wider by
+the rounding. What is left over, and further metrics, are met by rejection, which keeps a uniform distribution uniform.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from spos_fast.spaces import Cost, CostTable, Space
 
 Range = tuple[float | None, float | None]
 
-# Beyond this many partial sums (some 36 bytes each) counting would take gigabytes; plain rejection is used then.
-_MAX_STATES = 20_000_000
+# Most pairs of a partial sum and a choice of the next layer (some 12 bytes each, and 100 ns to count).
+_MAX_PAIRS = 8_000_000
 # Rejection draws 16 candidates, then 4 times as many each time, until it has drawn this many.
 _FIRST_DRAWS, _MOST_DRAWS_AT_ONCE, _MAX_DRAWS = 16, 65_536, 1_000_000
 
@@ -65,7 +66,7 @@ class UniformSampler:
     """Draws architectures uniformly from a space, or from the part of it that satisfies a constraint.
 
     The constrained distribution is exactly uniform, up to the resolution of the random numbers that it draws
-    (a relative 2**-53 a gene).
+    (a relative 2**-53 a layer).
 
     Args:
         space: the search space.
@@ -73,7 +74,7 @@ class UniformSampler:
 
     Attributes:
         count: number of architectures that the sampler draws from, or None where it is not known (two metrics
-            constrained, or a space whose costs have too many different sums to count).
+            constrained, or a space whose costs have too many different sums to count one by one).
 
     Raises:
         InputError: no architecture satisfies the constraint; the message names the feasible range.
@@ -93,20 +94,19 @@ class UniformSampler:
             for name, (low, high) in bounds.items()
             if space.cost_tables[name].smallest < low or space.cost_tables[name].largest > high
         }
-        lattices = {name: _Lattice.make(space.cost_tables[name], *bounds[name]) for name in bounds}
+        lattices = {name: _Lattice(space.cost_tables[name], *bounds[name]) for name in bounds}
         for name, lattice in lattices.items():
-            if lattice is not None and lattice.count == 0:
+            if lattice.count == 0:
                 raise _infeasible(name, *bounds[name], *lattice.nearest)
-        counted = {name: lattice for name, lattice in lattices.items() if lattice is not None}
-        tightest = min(counted, key=lambda name: counted[name].count) if counted else None
-        self._lattice = counted[tightest] if tightest else None
-        self._rejected = {name: bounds[name] for name in bounds if name != tightest}
+        tightest = min(lattices, key=lambda name: lattices[name].count, default=None)
+        self._lattice = lattices[tightest] if tightest else None
+        exact = self._lattice is not None and self._lattice.unit == 1
+        self._rejected = {name: bounds[name] for name in bounds if name != tightest or not exact}
         self.count: int | None = space.size
-        if bounds:
-            self.count = int(self._lattice.count) if self._lattice is not None and not self._rejected else None
-        if self._rejected and self._lattice is not None:
-            self._check_joint_range(tightest, bounds)
+        if self._lattice is not None:
+            self.count = None if self._rejected else int(self._lattice.count)
         if self._rejected:
+            self._check_joint_range(tightest, bounds)
             self.sample(np.random.default_rng(0))  # what nothing satisfies is refused now, not in the middle of a run
 
     def sample(self, rng: np.random.Generator) -> Architecture:
@@ -123,13 +123,13 @@ class UniformSampler:
             drawn, draws = drawn + draws, min(4 * draws, _MOST_DRAWS_AT_ONCE)
             inside = np.ones(len(genes), dtype=bool)
             for name, (low, high) in self._rejected.items():
-                table = self.space.cost_tables[name]
-                total = table.fixed + sum(layer[genes[:, i]] for i, layer in enumerate(table.layers))
+                total = self.space.cost_tables[name].totals(genes)
                 inside &= (total >= low) & (total <= high)
             if inside.any():
                 return Architecture(self.space.name, tuple(genes[int(inside.argmax())].tolist()))
-        ranges = " and ".join(f"{name} {_describe(*limits)}" for name, limits in self.constraint.bounds().items())
-        raise InputError(f"constraint: none of {_MAX_DRAWS:,} draws satisfied {ranges} together; widen one of them")
+        ranges = [f"{name} {_describe(*limits)}" for name, limits in self.constraint.bounds().items()]
+        together = " together; widen one of them" if len(ranges) > 1 else "; widen it"
+        raise InputError(f"constraint: none of {_MAX_DRAWS:,} draws satisfied {' and '.join(ranges)}{together}")
 
     def at(self, seed: int, step: int) -> Architecture:
         """The architecture of a training step: depends on nothing but seed and step, so that training can resume
@@ -145,7 +145,7 @@ class UniformSampler:
     def _check_joint_range(self, counted: str | None, bounds: dict[str, tuple[float, float]]) -> None:
         """Fail at once if the other metrics cannot come into their range while the counted one is in its own."""
         assert self._lattice is not None
-        for name in self._rejected:
+        for name in (metric for metric in self._rejected if metric != counted):
             low, high = bounds[name]
             least, most = self._lattice.range_of(self.space.cost_tables[name])
             if least > high or most < low:
@@ -157,44 +157,65 @@ class _Lattice:
     """All partial sums of one metric, layer by layer, and from each the number of completions inside the range.
 
     ``states[i]`` are the sorted sums of the first i layers, ``next_state[i][s, c]`` is the index in ``states[i + 1]``
-    after choice c, ``ways[i][s]`` the number of completions.
+    after the combination c of the next layer's genes, ``ways[i][s]`` the number of completions.
+
+    Sums are counted in a ``unit`` of the metric: 1, or where that makes too many sums a coarser one. Every layer's cost
+    is then rounded down, and the range extended by what all layers may lose: it holds all architectures of the true
+    range, and a few others.
     """
 
-    def __init__(self, table: CostTable, states: list[np.ndarray], low: float, high: float) -> None:
+    def __init__(self, table: CostTable, low: float, high: float) -> None:
+        self.shapes = [layer.shape for layer in table.layers]
+        self.unit = 1
+        states = self._sums(table)
+        if states is None:
+            # At most this many different sums follow the first layers: their greatest difference, in units.
+            spans = np.cumsum([int(np.ptp(layer)) for layer in table.layers])
+            pairs = sum(int(span) * layer.size for span, layer in zip(spans, table.layers[1:], strict=False))
+            self.unit = 1 + pairs // (_MAX_PAIRS // 2)
+            states = self._sums(table)
+        assert states is not None
         self.states = states
         self.next_state = [
-            np.searchsorted(after, before[:, None] + layer[None]).astype(np.int32)
+            np.searchsorted(after, before[:, None] + layer.reshape(-1) // self.unit).astype(np.int32)
             for before, after, layer in zip(states[:-1], states[1:], table.layers, strict=True)
         ]
         last = states[-1]
+        if self.unit > 1:
+            low, high = np.floor(low / self.unit) - len(table.layers) - 1, np.floor(high / self.unit)
         self.ways = [((last >= low) & (last <= high)).astype(np.float64)]
         for step in reversed(self.next_state):
             self.ways.insert(0, self.ways[0][step].sum(1))
         self.count: float = float(self.ways[0][0])
-        below, above = last[last < low], last[last > high]
+        below, above = self.unit * last[last < low], self.unit * last[last > high]
         # Where nothing is inside, the values on either side of the range.
-        self.nearest = (int(below[-1]) if len(below) else int(last[0]), int(above[0]) if len(above) else int(last[-1]))
+        self.nearest = (
+            int(below[-1]) if len(below) else self.unit * int(last[0]),
+            int(above[0]) if len(above) else self.unit * int(last[-1]),
+        )
 
-    @classmethod
-    def make(cls, table: CostTable, low: float, high: float) -> _Lattice | None:
-        """None if the metric has too many different partial sums."""
-        states = [np.array([table.fixed], dtype=np.int64)]
+    def _sums(self, table: CostTable) -> list[np.ndarray] | None:
+        """``states``; None if they are too many."""
+        states = [np.array([table.fixed // self.unit], dtype=np.int64)]
+        pairs = 0
         for layer in table.layers:
-            states.append(np.unique(states[-1][:, None] + layer[None]))
-            if sum(map(len, states)) > _MAX_STATES:
+            pairs += len(states[-1]) * layer.size
+            if pairs > _MAX_PAIRS:
                 return None
-        return cls(table, states, low, high)
+            states.append(np.unique(states[-1][:, None] + layer.reshape(-1) // self.unit))
+        return states
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """``[n, genes]`` indices, uniform over the architectures inside the range."""
         state = np.zeros(n, dtype=np.int64)
-        genes = np.empty((n, len(self.next_state)), dtype=np.int64)
-        for i, (step, ways) in enumerate(zip(self.next_state, self.ways[1:], strict=True)):
+        genes: list[np.ndarray] = []
+        for step, ways, shape in zip(self.next_state, self.ways[1:], self.shapes, strict=True):
             cumulative = ways[step[state]].cumsum(1)
             # random() < 1, so the product stays below the total and never selects a choice without completions.
-            genes[:, i] = (cumulative <= rng.random(n)[:, None] * cumulative[:, -1:]).sum(1)
-            state = step[state, genes[:, i]]
-        return genes
+            drawn = (cumulative <= rng.random(n)[:, None] * cumulative[:, -1:]).sum(1)
+            genes += np.unravel_index(drawn, shape)
+            state = step[state, drawn]
+        return np.stack(genes, 1)
 
     def range_of(self, other: CostTable) -> tuple[int, int]:
         """Least and greatest value of another metric over the architectures inside the range."""
@@ -202,7 +223,8 @@ class _Lattice:
         limit = np.iinfo(np.int64).max // 4
         least, most = np.where(inside, 0, limit), np.where(inside, 0, -limit)
         for step, layer in zip(reversed(self.next_state), reversed(other.layers), strict=True):
-            least, most = (least[step] + layer).min(1), (most[step] + layer).max(1)
+            costs = layer.reshape(-1)
+            least, most = (least[step] + costs).min(1), (most[step] + costs).max(1)
         return int(least[0]) + other.fixed, int(most[0]) + other.fixed
 
 

@@ -53,12 +53,14 @@ class Supernet(nn.Module):
     """All candidates of every block; ``net(x, arch)`` runs the one that the architecture names, and touches no other.
 
     Parameters off the path keep ``grad`` None, so the optimiser neither decays them nor moves their momentum, and no
-    memory is spent on their gradients.
+    memory is spent on their gradients. A block that runs narrower than it is stored uses the first of its mid channels:
+    the gradient of the others is zero, the optimiser's decay and momentum go on in them.
 
     Args:
         first_conv, conv_last, classifier, dropout: as in :class:`Network`.
-        features: for every block its candidates.
-        check: returns the architecture if it belongs to the space, else raises ``InputError`` (``space.architecture``).
+        features: for every block its candidates, called with their input and a number of mid channels.
+        route: for every block of an architecture the index of its candidate and its number of mid channels; raises
+            ``InputError`` if the architecture is not of the space.
         build: builds the plain :class:`Network` of an architecture (``space.build``).
     """
 
@@ -70,7 +72,7 @@ class Supernet(nn.Module):
         classifier: nn.Module,
         dropout: float,
         *,
-        check: Callable[[Architecture], Architecture],
+        route: Callable[[Architecture], Sequence[tuple[int, int]]],
         build: Callable[[Architecture], nn.Module],
     ) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class Supernet(nn.Module):
         self.conv_last = conv_last
         self.dropout = nn.Dropout(dropout)
         self.classifier = classifier
-        self._check = check
+        self._route = route
         self._build = build
 
     def path(self, arch: Architecture) -> list[nn.Module]:
@@ -88,9 +90,13 @@ class Supernet(nn.Module):
         Raises:
             InputError: the architecture is not of this supernet's space.
         """
-        genes = self._check(arch).genes
-        blocks = [candidates[gene] for candidates, gene in zip(self.features, genes, strict=True)]  # type: ignore[index]
+        blocks = [block for block, _ in self._blocks(arch)]
         return [self.first_conv, *blocks, self.conv_last, self.dropout, self.classifier]
+
+    def _blocks(self, arch: Architecture) -> list[tuple[nn.Module, int]]:
+        """The blocks of the path and their mid channels."""
+        routed = zip(self.features, self._route(arch), strict=True)
+        return [(candidates[choice], mid) for candidates, (choice, mid) in routed]  # type: ignore[index]
 
     def forward(self, x: Tensor, arch: Architecture) -> Tensor:
         """Images ``[N, C, H, W]`` through the path of ``arch`` to logits ``[N, classes]``.
@@ -98,10 +104,12 @@ class Supernet(nn.Module):
         Raises:
             InputError: the architecture is not of this supernet's space.
         """
-        *body, dropout, classifier = self.path(arch)
-        for module in body:
-            x = module(x)
-        return classifier(dropout(x.mean((2, 3))))
+        blocks = self._blocks(arch)
+        x = self.first_conv(x)
+        for block, mid in blocks:
+            x = block(x, mid)
+        x = self.conv_last(x)
+        return self.classifier(self.dropout(x.mean((2, 3))))
 
     def extract(self, arch: Architecture) -> nn.Module:
         """A plain network with the path's weights and statistics (copies); its output equals the path's.
@@ -111,13 +119,13 @@ class Supernet(nn.Module):
         Raises:
             InputError: the architecture is not of this supernet's space.
         """
-        genes = self._check(arch).genes
+        route = self._route(arch)
         plain = self._build(arch)
         state = plain.state_dict()
         for name, value in state.items():
             if name.startswith("features."):
                 _, block, rest = name.split(".", 2)
-                source = f"features.{block}.{genes[int(block)]}.{rest}"
+                source = f"features.{block}.{route[int(block)][0]}.{rest}"
             else:
                 source = name
             state[name] = _own_tensor(self, source, value)
@@ -169,9 +177,11 @@ class Supernet(nn.Module):
 
 
 def _own_tensor(net: nn.Module, name: str, default: Tensor) -> Tensor:
-    """A parameter or buffer of ``net``; the supernet's non-affine normalisation has no scale (1) and no shift (0)."""
+    """A parameter or buffer of ``net``, cut to the size of ``default``; the supernet's non-affine normalisation has no
+    scale (1) and no shift (0).
+    """
     owner, _, leaf = name.rpartition(".")
     value = getattr(net.get_submodule(owner), leaf)
     if value is None:
         return torch.ones_like(default) if leaf == "weight" else torch.zeros_like(default)
-    return value.detach().clone()
+    return value.detach()[tuple(slice(size) for size in default.shape)].clone()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
-from spos_fast.sampling import UniformSampler
 from spos_fast.supernet import Supernet
 
 Amp = Literal["off", "bf16", "fp16"]
@@ -77,6 +76,13 @@ class TrainConfig:
             raise InputError(f"amp: got {self.amp!r}; expected off, bf16 or fp16")
 
 
+class PathSampler(Protocol):
+    """What draws the paths of a training: a :class:`spos_fast.UniformSampler`, or a schedule over one."""
+
+    def at(self, seed: int, step: int) -> Architecture:
+        """The architecture of a training step; depends on nothing but seed and step."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What training reports every ``log_every`` steps.
@@ -102,7 +108,7 @@ def train(
     source: DataSource,
     config: TrainConfig,
     *,
-    sampler: UniformSampler | None = None,
+    sampler: PathSampler | None = None,
     seed: int = 0,
     full: bool = False,
     workers: int | None = None,

@@ -122,6 +122,10 @@ def test_mistakes_write_nothing(tmp_path, capsys):
         (["train", *run, *TINY, "--data.normalize", "foo"], "data.normalize"),
         (["train", *run, *TINY, "--data.validation", "1.5"], "data.validation"),
         (["demo", *run, *TINY, "--search.macs_max", "nan"], "macs"),
+        (["train", *run, *TINY, "--space.channels", "1,0.5"], "channels: got 0.5 after 1"),
+        (["train", *run, *TINY, "--space.channels", "wide"], "--space.channels: got 'wide'"),
+        (["train", *run, *TINY, "--space.blocks", "0"], "blocks"),
+        (["train", *run, *TINY, "--train.widening_end", "0.5"], "train.widening: the space searches no widths"),
         (["demo", *run, *TINY, "--search.calibration_images", "5000"], "search.calibration_images: got 5,000"),
         (["demo", *run, *TINY, *SEARCH, "--search.supernet", "absent.pt"], "absent.pt"),
     ):
@@ -186,6 +190,24 @@ def test_those_who_have_the_published_checkpoint_search_at_once(tmp_path, capsys
     assert main(["retrain", *run, *RETRAIN, "--arch", "best", "--retrain.init", "inherited"]) == 0
     assert (tmp_path / "run" / "retrain" / "random_search" / "result.json").exists()
     assert not (tmp_path / "run" / "supernet").exists()
+
+
+@pytest.mark.parametrize("blocks", [[], ["--space.blocks", "0"]], ids=["joint", "widths"])
+def test_widths_are_searched_and_retrained(tmp_path, blocks):
+    """Channel search with and without block search through all stages, with a widening schedule; the width of a
+    searched architecture is that of the network that was retrained, by its number of weights.
+    """
+    flags = ["--space.channels", "0.4,1,1.6", *blocks, "--train.widening_start", "0.3", "--train.widening_end", "0.6"]
+    run = tmp_path / "run"
+    assert main(["demo", "--folder", str(run), *TINY, *SEARCH, *RETRAIN, *flags, "--retrain.init", "inherited"]) == 0
+    labels = {path.parent.name for path in run.glob("retrain/*/result.json")}
+    uniform = {"all_1x"} if blocks else {"all_shuffle_k3", "all_shuffle_k5", "all_shuffle_k7", "all_xception"}
+    assert labels == {"evolution", "random_search", "random_0", *uniform}
+    best = json.loads((run / "search" / "best.json").read_text())["evolution"]
+    assert len(best["genes"]) == (4 if blocks else 8)
+    weights = torch.load(run / "retrain" / "evolution" / "checkpoint.pt", weights_only=True)["model"]
+    assert sum(value.numel() for value in weights.values() if value.dim() > 1) == best["params"]
+    assert "Which width where" in (run / "report.html").read_text()
 
 
 def test_ctrl_c_ends_in_one_line_and_the_run_goes_on(tmp_path):

@@ -74,6 +74,7 @@ def test_files_and_flags(tmp_path):
     config = config_from(values, "a")
     assert config.seed == 4 and config.train.steps == 20 and config.train.lr == 1.0
     assert parse_flag("x", "1,2,3", tuple[int, ...]) == (1, 2, 3)
+    assert parse_flag("x", "0.2,1", tuple[float, ...]) == (0.2, 1.0) and parse_flag("x", "", tuple[int, ...]) == ()
     assert parse_flag("x", "true", bool) is True and parse_flag("x", "off", bool) is False
     for text, kind in (("1.5", int), ("x", float), ("maybe", bool), ("1,x", tuple[int, ...])):
         with pytest.raises(InputError):

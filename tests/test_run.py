@@ -110,6 +110,22 @@ def test_other_settings_are_refused(tmp_path, given, says):
     assert _content(tmp_path / "a") == before
 
 
+def test_runs_from_before_a_setting_existed_go_on(tmp_path):
+    """Folders of block search store no widths: they go on as they were, and do not take widths up silently."""
+    with Run(tmp_path / "a", {}, {}, ("train",)):
+        _results(tmp_path / "a" / "supernet" / "checkpoint.pt")
+    path = tmp_path / "a" / "config.json"
+    stored = json.loads(path.read_text())
+    for section, name in (("space", "channels"), ("space", "blocks"), ("train", "widening_start")):
+        del stored[section][name]
+    path.write_text(json.dumps(stored))
+    with Run(tmp_path / "a", {}, {}, ("train", "search")) as run:
+        assert run.config.space.channels == () and run.config.train.widening_start == 0
+    path.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"space\.channels: run .* was made with \[\], not \[0\.5, 1\.0\]"):
+        Run(tmp_path / "a", {}, {"space": {"channels": [0.5, 1.0]}}, ("search",))
+
+
 def test_a_second_process_is_refused(tmp_path):
     """With the number of the first; the folder is free again when the first one is gone, even by SIGKILL."""
     code = (

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "csrc/dtype.h"
@@ -28,6 +30,9 @@ using Kernels = std::vector<Kernel>;
 
 // One a family, in its file.
 Kernels batchnorm_kernels();
+Kernels blocks_kernels();
+Kernels unit_infer_kernels();
+Kernels units_kernels();
 
 inline DType dtype_of(const Tensor& x, const char* argument) {
     switch (x.scalar_type()) {
@@ -61,6 +66,14 @@ inline Tensor channels_last(const Tensor& x) {
 inline Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
     const Tensor pixels = torch::stable::new_empty(like, {n, h, w, c});
     return torch::stable::transpose(torch::stable::transpose(pixels, 1, 3), 2, 3);
+}
+
+// Of `stored` channels, how many a kernel on the CPU uses: all, or what the optional int32 tensor says.
+inline int64_t used_channels(const std::optional<Tensor>& width, int64_t stored) {
+    if (!width) return stored;
+    STD_TORCH_CHECK(width->dim() == 0 && width->scalar_type() == ScalarType::Int,
+                    "a width must be an int32 tensor without dimensions");
+    return std::clamp<int64_t>(*static_cast<const int32_t*>(width->const_data_ptr()), 1, stored);
 }
 
 #ifdef SPOS_FAST_WITH_CUDA

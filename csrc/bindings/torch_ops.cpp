@@ -8,13 +8,12 @@
 
 #include "csrc/bindings/tensors.h"
 
-using spos::bindings::Kernel, spos::bindings::Kernels, spos::bindings::batchnorm_kernels;
-
 // Makes this library's kernel for spos_fast::<op> serve `dispatch_key`. 0: done; 1: there is no such kernel in this
 // build; 2: torch refused it. A registration lasts as long as the process, hence the handle that is never freed.
 extern "C" __attribute__((visibility("default"))) int spos_fast_register_kernel(const char* op,
                                                                                 const char* dispatch_key) {
-    for (const Kernels& family : {batchnorm_kernels()})
+    using namespace spos::bindings;
+    for (const Kernels& family : {batchnorm_kernels(), blocks_kernels(), unit_infer_kernels(), units_kernels()})
         for (const Kernel& kernel : family) {
             if (std::strcmp(kernel.op, op) != 0 || std::strcmp(kernel.dispatch_key, dispatch_key) != 0) continue;
             TorchLibraryHandle library;

@@ -2,8 +2,10 @@
 // touches it.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
+#include "csrc/cpu/memory.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/unit_kernels.h"
 
@@ -26,19 +28,24 @@ class RowWindow {
     // pixels of one pack of channels, kPack values each. Left and right of them lie zeros.
     template <typename Make>
     void reach(int64_t y, int64_t packs, Make make) {
-        const int64_t last = std::min(height_ - 1, y + kernel_ / 2);
-        for (; next_ <= last; ++next_)
+        cover(y - kernel_ / 2, y - kernel_ / 2 + kernel_, packs, make);
+    }
+    // The same for the rows from `begin` to `end`, not more than the kernel has. `begin` never decreases.
+    template <typename Make>
+    void cover(int64_t begin, int64_t end, int64_t packs, Make make) {
+        first_ = std::max<int64_t>(0, -begin);
+        top_ = begin + first_;
+        const int64_t last = std::min(height_, end);
+        count_ = std::max<int64_t>(0, last - top_);
+        for (next_ = std::max(next_, top_); next_ < last; ++next_)
             for (int64_t pack = 0; pack < packs; ++pack) make(next_, pack, row(next_, pack) + kernel_ / 2 * kPack);
-        first_ = std::max<int64_t>(0, kernel_ / 2 - y);
-        count_ = std::min(kernel_, height_ - y + kernel_ / 2) - first_;
-        top_ = y - kernel_ / 2 + first_;
     }
 
-    // Of the kernel on row y, those of its rows that lie in the image.
+    // Of the rows asked for, those that lie in the image, from `skipped` pixels behind the left end on.
     int64_t first() const { return first_; }
     int64_t count() const { return count_; }
-    const A* const* rows(int64_t pack) {
-        for (int64_t i = 0; i < count_; ++i) rows_[i] = row(top_ + i, pack);
+    const A* const* rows(int64_t pack, int64_t skipped = 0) {
+        for (int64_t i = 0; i < count_; ++i) rows_[i] = row(top_ + i, pack) + skipped * kPack;
         return rows_.data();
     }
 
@@ -46,15 +53,15 @@ class RowWindow {
     A* row(int64_t y, int64_t pack) { return values_.data() + (pack * kernel_ + y % kernel_) * length_; }
 
     int64_t height_, kernel_, length_, next_ = 0, first_ = 0, count_ = 0, top_ = 0;
-    std::vector<A> values_;
+    Lines<A> values_;
     std::vector<const A*> rows_;
 };
 
 // Weights [mid_stored, kernel, kernel] of `mid` channels as [pack][kernel * kernel][kPack], zeros behind the last one.
 template <typename A, typename T>
-std::vector<A> pack_depthwise(const T* weights, int64_t mid, int64_t kernel, bool flipped) {
+Lines<A> pack_depthwise(const T* weights, int64_t mid, int64_t kernel, bool flipped) {
     const int64_t taps = kernel * kernel;
-    std::vector<A> packed((mid + kPack - 1) / kPack * kPack * taps, A(0));
+    Lines<A> packed((mid + kPack - 1) / kPack * kPack * taps, A(0));
     for (int64_t m = 0; m < mid; ++m)
         for (int64_t t = 0; t < taps; ++t)
             packed[(m / kPack * taps + (flipped ? taps - 1 - t : t)) * kPack + m % kPack] =

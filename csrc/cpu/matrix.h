@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "csrc/cpu/memory.h"
 #include "csrc/cpu/simd.h"
 
 namespace spos::cpu {
@@ -14,7 +14,7 @@ int64_t panel_packs();
 // B in panels of panel_packs() packs, zeros behind the last column: what multiply() reads.
 template <typename A>
 struct Packed {
-    std::vector<A> values;
+    Lines<A> values;
     int64_t depth = 0, columns = 0;
 
     int64_t packs() const { return (columns + kPack - 1) / kPack; }
@@ -42,6 +42,54 @@ Packed<A> pack(int64_t depth, int64_t columns, Element element) {
         for (int64_t top = 0; top < depth; top += kPack)
             for (int64_t j = 0; j < used; ++j)
                 for (int64_t k = top; k < top + kPack && k < depth; ++k) to[k * width + j] = element(k, first + j);
+        to += depth * width;
+    }
+    return packed;
+}
+
+// The same for rows [depth, columns] `pitch` apart.
+template <typename A, typename T>
+Packed<A> pack_rows(const T* rows, int64_t pitch, int64_t depth, int64_t columns) {
+    Packed<A> packed;
+    packed.depth = depth;
+    packed.columns = columns;
+    packed.values.resize(packed.packs() * kPack * depth);
+    A* to = packed.values.data();
+    for (int64_t panel = 0; panel < packed.panels(); ++panel) {
+        const int64_t width = packed.packs_of(panel) * kPack, first = panel * panel_packs() * kPack;
+        const int64_t used = width < columns - first ? width : columns - first;
+        for (int64_t k = 0; k < depth; ++k, to += width) {
+            const T* row = rows + k * pitch + first;
+            for (int64_t j = 0; j < used; ++j) to[j] = widen(row[j]);
+            for (int64_t j = used; j < width; ++j) to[j] = 0;
+        }
+    }
+    return packed;
+}
+
+// The same for weights [columns, depth] `pitch` apart, times scale[k] unless that is null: square by square, so that
+// neither side is walked one cache line a value.
+template <typename A, typename T>
+Packed<A> pack_transposed(const T* weights, int64_t pitch, int64_t depth, int64_t columns, const A* scale) {
+    Packed<A> packed;
+    packed.depth = depth;
+    packed.columns = columns;
+    packed.values.resize(packed.packs() * kPack * depth);
+    A* to = packed.values.data();
+    for (int64_t panel = 0; panel < packed.panels(); ++panel) {
+        const int64_t width = packed.packs_of(panel) * kPack, first = panel * panel_packs() * kPack;
+        for (int64_t top = 0; top < depth; top += kPack) {
+            const int64_t rows = depth - top < kPack ? depth - top : kPack;
+            for (int64_t j = 0; j < width; j += kPack) {
+                A square[kPack][kPack] = {};
+                for (int64_t c = 0; c < kPack && first + j + c < columns; ++c) {
+                    const T* row = weights + (first + j + c) * pitch + top;
+                    for (int64_t k = 0; k < rows; ++k) square[k][c] = scale ? widen(row[k]) * scale[top + k] : widen(row[k]);
+                }
+                for (int64_t k = 0; k < rows; ++k)
+                    std::memcpy(to + (top + k) * width + j, square[k], sizeof square[k]);
+            }
+        }
         to += depth * width;
     }
     return packed;

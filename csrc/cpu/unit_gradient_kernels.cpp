@@ -69,22 +69,28 @@ SPOS_SIMD_INLINE void norm_rows(const G* grad, int64_t grad_pitch, const T* z, i
     }
 }
 
-template <typename T, typename A>
-SPOS_SIMD_INLINE void masked_rows(const A* grad, const A* y, const T* z, int64_t z_pitch, int64_t pixels,
-                                  int64_t channels, const A* mean, A* to, int64_t to_pitch, double* sum,
-                                  double* product) {
-    using Pack = decltype(load_pack(mean));
-    const Pack centre = load_pack(mean), zero = {};
-    Pack s[2] = {}, q[2] = {};
+template <bool kMask, bool kSums, typename T, typename A>
+SPOS_SIMD_INLINE void masked_rows(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z,
+                                  int64_t z_pitch, int64_t pixels, int64_t channels, const A* centre, A* to,
+                                  int64_t to_pitch, double* sum, double* product) {
+    using Pack = decltype(load_pack(grad));
+    const Pack zero = {};
+    Pack mean = {}, s[2] = {}, q[2] = {};
+    if constexpr (kSums) mean = load_pack(centre);
     for (int64_t p = 0; p < pixels; ++p) {
-        const Pack g = load_pack(y + p * kPack) > zero ? load_pack(grad + p * kPack) : zero;
+        Pack g = load_pack(grad + p * grad_pitch);
+        if constexpr (kMask) g = load_pack(y + p * y_pitch) > zero ? g : zero;
         store_pack(to + p * to_pitch, g);
-        s[p % 2] += g;
-        q[p % 2] += g * (load_some(z + p * z_pitch, channels) - centre);
+        if constexpr (kSums) {
+            s[p % 2] += g;
+            q[p % 2] += g * (load_some(z + p * z_pitch, channels) - mean);
+        }
     }
-    A sums[kPack], products[kPack];
-    store_pack(sums, Pack(s[0] + s[1])), store_pack(products, Pack(q[0] + q[1]));
-    for (int64_t j = 0; j < channels; ++j) sum[j] += sums[j], product[j] += products[j];
+    if constexpr (kSums) {
+        A sums[kPack], products[kPack];
+        store_pack(sums, Pack(s[0] + s[1])), store_pack(products, Pack(q[0] + q[1]));
+        for (int64_t j = 0; j < channels; ++j) sum[j] += sums[j], product[j] += products[j];
+    }
 }
 
 template <int kKernel, int kWidth, typename A>
@@ -133,7 +139,7 @@ template <typename A>
 SPOS_SIMD_INLINE void depthwise_any(const A* const* rows, int64_t count, const A* weights, int64_t kernel,
                                     int64_t width, const A* y, A* to, A* taps) {
     for (int64_t x = 0; x < width; ++x) {
-        auto sum = load_pack(weights) * A(0);
+        decltype(load_pack(weights)) sum = {};
         const auto centre = load_pack(y + x * kPack);
         for (int64_t ky = 0; ky < count; ++ky)
             for (int64_t kx = 0; kx < kernel; ++kx) {
@@ -150,8 +156,14 @@ template <bool kWide, typename A>
 SPOS_SIMD_INLINE void depthwise(const A* const* rows, int64_t count, const A* weights, int64_t kernel, int64_t width,
                                 const A* y, A* to, A* taps) {
     switch (kernel) {
+        case 1:
+            return depthwise_tiles<1, kWide>(rows, count, weights, width, y, to, taps);
+        case 2:
+            return depthwise_tiles<2, kWide>(rows, count, weights, width, y, to, taps);
         case 3:
             return depthwise_tiles<3, kWide>(rows, count, weights, width, y, to, taps);
+        case 4:
+            return depthwise_tiles<4, kWide>(rows, count, weights, width, y, to, taps);
         case 5:
             return depthwise_tiles<5, kWide>(rows, count, weights, width, y, to, taps);
         case 7:
@@ -176,12 +188,10 @@ SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count,
 
 template <typename T, typename A>
 SPOS_SIMD_INLINE void interleave_rows(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch,
-                                      int64_t pixels, int64_t channels, T* to) {
-    for (int64_t p = 0; p < pixels; ++p, even += even_pitch, odd += odd_pitch, to += 2 * channels)
+                                      int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, even += even_pitch, odd += odd_pitch, to += to_pitch)
         for (int64_t c = 0; c < channels; c += kPack) {
             const int64_t lanes = std::min(kPack, channels - c);
-            T narrowed[kPack];
-            store_pack(narrowed, load_pack(odd + c));
             if constexpr (sizeof(T) == sizeof(A)) {
                 if (lanes == kPack) {
                     const auto left = load_pack(even + c), right = load_pack(odd + c);
@@ -190,13 +200,15 @@ SPOS_SIMD_INLINE void interleave_rows(const T* even, int64_t even_pitch, const A
                     continue;
                 }
             }
+            T narrowed[kPack];
+            store_pack(narrowed, load_pack(odd + c));
             for (int64_t j = 0; j < lanes; ++j) to[2 * (c + j)] = even[c + j], to[2 * (c + j) + 1] = narrowed[j];
         }
 }
 
 SPOS_SIMD_WIDE void interleave_stream(const float* even, int64_t even_pitch, const float* odd, int64_t odd_pitch,
-                                      int64_t pixels, int64_t channels, float* to) {
-    for (int64_t p = 0; p < pixels; ++p, even += even_pitch, odd += odd_pitch, to += 2 * channels)
+                                      int64_t pixels, int64_t channels, float* to, int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, even += even_pitch, odd += odd_pitch, to += to_pitch)
         for (int64_t c = 0; c < channels; c += kPack) {
             const FloatPack left = load_pack(even + c), right = load_pack(odd + c);
             stream_pack(to + 2 * c, low_lanes_in_turn(left, right));
@@ -205,14 +217,30 @@ SPOS_SIMD_WIDE void interleave_stream(const float* even, int64_t even_pitch, con
     end_of_stream();
 }
 
-template <typename T, typename A>
-SPOS_SIMD_INLINE void odd_rows(const T* x, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) {
-    for (int64_t p = 0; p < pixels; ++p, x += 2 * channels, to += to_pitch) {
+SPOS_SIMD_WIDE void rows_stream(const float* from, int64_t pitch, int64_t pixels, int64_t channels, float* to,
+                                int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch)
+        for (int64_t c = 0; c < channels; c += kPack) stream_pack(to + c, load_pack(from + c));
+    end_of_stream();
+}
+
+template <typename A, typename T>
+SPOS_SIMD_INLINE void rounded_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,
+                                   int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
         int64_t c = 0;
-        if constexpr (sizeof(T) == sizeof(A))
-            for (; c + kPack <= channels; c += kPack)
-                store_pack(to + c, odd_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
-        for (; c < channels; ++c) to[c] = widen(x[2 * c + 1]);
+        for (; c + kPack <= channels; c += kPack) store_pack(to + c, load_pack(from + c));
+        if (c < channels) store_partial(to + c, load_partial(from + c, channels - c), channels - c);
+    }
+}
+
+template <typename A>
+SPOS_SIMD_INLINE void added_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, A* to,
+                                 int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
+        int64_t c = 0;
+        for (; c + kPack <= channels; c += kPack) store_pack(to + c, load_pack(to + c) + load_pack(from + c));
+        for (; c < channels; ++c) to[c] += from[c];
     }
 }
 
@@ -225,17 +253,29 @@ SPOS_SIMD_INLINE void odd_rows(const T* x, int64_t pixels, int64_t channels, A* 
         else                                                                                                         \
             sums_rows<false>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, sum, product);                    \
     }                                                                                                                \
-    SPOS_SIMD_CLONES void masked_clone(const A* grad, const A* y, const T* z, int64_t z_pitch, int64_t pixels,       \
-                                       int64_t channels, const A* mean, A* to, int64_t to_pitch, double* sum,        \
-                                       double* product) {                                                            \
-        masked_rows(grad, y, z, z_pitch, pixels, channels, mean, to, to_pitch, sum, product);                        \
+    SPOS_SIMD_CLONES void masked_clone(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z,   \
+                                       int64_t z_pitch, int64_t pixels, int64_t channels, const A* centre, A* to,    \
+                                       int64_t to_pitch, double* sum, double* product) {                             \
+        if (y && centre)                                                                                             \
+            masked_rows<true, true>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to, to_pitch, \
+                                    sum, product);                                                                   \
+        else if (y)                                                                                                  \
+            masked_rows<true, false>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,         \
+                                     to_pitch, sum, product);                                                        \
+        else if (centre)                                                                                             \
+            masked_rows<false, true>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,         \
+                                     to_pitch, sum, product);                                                        \
+        else                                                                                                         \
+            masked_rows<false, false>(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to,        \
+                                      to_pitch, sum, product);                                                       \
     }                                                                                                                \
     SPOS_SIMD_CLONES void interleave_clone(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch,       \
-                                           int64_t pixels, int64_t channels, T* to) {                                \
-        interleave_rows(even, even_pitch, odd, odd_pitch, pixels, channels, to);                                     \
+                                           int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {              \
+        interleave_rows(even, even_pitch, odd, odd_pitch, pixels, channels, to, to_pitch);                           \
     }                                                                                                                \
-    SPOS_SIMD_CLONES void odd_clone(const T* x, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) {         \
-        odd_rows(x, pixels, channels, to, to_pitch);                                                                 \
+    SPOS_SIMD_CLONES void rounded_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,       \
+                                        int64_t to_pitch) {                                                          \
+        rounded_rows(from, pitch, pixels, channels, to, to_pitch);                                                   \
     }
 #define SPOS_GRADIENT(G, T, A)                                                                                       \
     SPOS_SIMD_CLONES void norm_clone(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, \
@@ -257,6 +297,14 @@ SPOS_GRADIENT(float, Half, float)
 SPOS_GRADIENT(float, BFloat16, float)
 #undef SPOS_STORAGE
 #undef SPOS_GRADIENT
+SPOS_SIMD_CLONES void added_clone(const float* from, int64_t pitch, int64_t pixels, int64_t channels, float* to,
+                                  int64_t to_pitch) {
+    added_rows(from, pitch, pixels, channels, to, to_pitch);
+}
+SPOS_SIMD_CLONES void added_clone(const double* from, int64_t pitch, int64_t pixels, int64_t channels, double* to,
+                                  int64_t to_pitch) {
+    added_rows(from, pitch, pixels, channels, to, to_pitch);
+}
 
 }  // namespace
 
@@ -273,9 +321,10 @@ void norm_gradient(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitc
 }
 
 template <typename T, typename A>
-void masked_gradient(const A* grad, const A* y, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
-                     const A* mean, A* to, int64_t to_pitch, double* sum, double* product) {
-    masked_clone(grad, y, z, z_pitch, pixels, channels, mean, to, to_pitch, sum, product);
+void masked_gradient(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z, int64_t z_pitch,
+                     int64_t pixels, int64_t channels, const A* centre, A* to, int64_t to_pitch, double* sum,
+                     double* product) {
+    masked_clone(grad, grad_pitch, y, y_pitch, z, z_pitch, pixels, channels, centre, to, to_pitch, sum, product);
 }
 
 template <typename A>
@@ -290,16 +339,24 @@ void depthwise_gradient_row(const A* const* rows, int64_t first, int64_t count, 
 
 template <typename T, typename A>
 void interleave(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch, int64_t pixels, int64_t channels,
-                T* to, bool stream) {
+                T* to, int64_t to_pitch, bool stream) {
     if constexpr (std::is_same_v<T, float>)
-        if (stream && machine_is_wide() && streamable(to, 2 * channels, channels))
-            return interleave_stream(even, even_pitch, odd, odd_pitch, pixels, channels, to);
-    interleave_clone(even, even_pitch, odd, odd_pitch, pixels, channels, to);
+        if (stream && machine_is_wide() && streamable(to, to_pitch, channels))
+            return interleave_stream(even, even_pitch, odd, odd_pitch, pixels, channels, to, to_pitch);
+    interleave_clone(even, even_pitch, odd, odd_pitch, pixels, channels, to, to_pitch);
 }
 
-template <typename T, typename A>
-void odd_channels(const T* x, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) {
-    odd_clone(x, pixels, channels, to, to_pitch);
+template <typename A, typename T>
+void store_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch, bool stream) {
+    if constexpr (std::is_same_v<T, float>)
+        if (stream && machine_is_wide() && streamable(to, to_pitch, channels))
+            return rows_stream(from, pitch, pixels, channels, to, to_pitch);
+    rounded_clone(from, pitch, pixels, channels, to, to_pitch);
+}
+
+template <typename A>
+void add_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) {
+    added_clone(from, pitch, pixels, channels, to, to_pitch);
 }
 
 #define SPOS_INSTANTIATE(T, A)                                                                                      \
@@ -307,15 +364,17 @@ void odd_channels(const T* x, int64_t pixels, int64_t channels, A* to, int64_t t
                                 double*, double*);                                                                  \
     template void norm_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&, A*, \
                                 int64_t);                                                                           \
-    template void masked_gradient(const A*, const A*, const T*, int64_t, int64_t, int64_t, const A*, A*, int64_t,   \
-                                  double*, double*);                                                                \
-    template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*, bool);                     \
-    template void odd_channels(const T*, int64_t, int64_t, A*, int64_t);
+    template void masked_gradient(const A*, int64_t, const A*, int64_t, const T*, int64_t, int64_t, int64_t,        \
+                                  const A*, A*, int64_t, double*, double*);                                         \
+    template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*, int64_t, bool);            \
+    template void store_rows(const A*, int64_t, int64_t, int64_t, T*, int64_t, bool);
 SPOS_INSTANTIATE(float, float)
 SPOS_INSTANTIATE(double, double)
 SPOS_INSTANTIATE(Half, float)
 SPOS_INSTANTIATE(BFloat16, float)
 #undef SPOS_INSTANTIATE
+template void add_rows(const float*, int64_t, int64_t, int64_t, float*, int64_t);
+template void add_rows(const double*, int64_t, int64_t, int64_t, double*, int64_t);
 template void norm_gradient(const float*, int64_t, const Half*, int64_t, int64_t, int64_t, const NormGradient<float>&,
                             float*, int64_t);
 template void norm_gradient(const float*, int64_t, const BFloat16*, int64_t, int64_t, int64_t,

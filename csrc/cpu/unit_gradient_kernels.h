@@ -15,6 +15,10 @@ struct NormGradient {
     const A *scale, *shift, *mean;
     const A *offset, *slope;
     bool relu;
+
+    NormGradient from(int64_t channel) const {
+        return {scale + channel, shift + channel, mean + channel, offset + channel, slope + channel, relu};
+    }
 };
 
 // sum[c] += sum over pixels of g, product[c] += that of g * d.
@@ -27,25 +31,32 @@ template <typename G, typename T, typename A>
 void norm_gradient(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
                    const NormGradient<A>& norm, A* to, int64_t to_pitch);
 
-// grad[p] = 0 where y[p] is not positive, stored to `to`; sums as in gradient_sums. One pack of channels: grad and y
-// have kPack values a pixel, of which `channels` count.
+// to[p] = grad[p] where y[p] is positive, else 0; sums as in gradient_sums, with z's distance from `centre`. One pack of
+// channels, of which `channels` count; all are written. y: null for no mask; centre: null for no sums. In place is
+// allowed.
 template <typename T, typename A>
-void masked_gradient(const A* grad, const A* y, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
-                     const A* mean, A* to, int64_t to_pitch, double* sum, double* product);
+void masked_gradient(const A* grad, int64_t grad_pitch, const A* y, int64_t y_pitch, const T* z, int64_t z_pitch,
+                     int64_t pixels, int64_t channels, const A* centre, A* to, int64_t to_pitch, double* sum,
+                     double* product);
 
 // One row of a depthwise convolution backwards on one pack of channels: to[x] = depthwise_row() of the rows of dz under
 // flipped weights, and taps[i] += sum over x of y[x] * dz[x + i]. y: kPack values a pixel, and zeros behind its end.
+// kernel: its columns, which may be others than its rows.
 template <typename A>
 void depthwise_gradient_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel,
                             int64_t width, const A* y, A* to, A* taps);
 
-// to[p][2 c] = even[p][c], to[p][2 c + 1] = odd[p][c].
+// to[p][2 c] = even[p][c], to[p][2 c + 1] = odd[p][c]. `odd` has whole packs.
 template <typename T, typename A>
 void interleave(const T* even, int64_t even_pitch, const A* odd, int64_t odd_pitch, int64_t pixels, int64_t channels,
-                T* to, bool stream);
+                T* to, int64_t to_pitch, bool stream);
 
-// Odd channels of x, [pixels, 2 * channels], in whole packs a pixel.
-template <typename T, typename A>
-void odd_channels(const T* x, int64_t pixels, int64_t channels, A* to, int64_t to_pitch);
+// to[p][c] = from[p][c], rounded.
+template <typename A, typename T>
+void store_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch, bool stream);
+
+// to[p][c] += from[p][c].
+template <typename A>
+void add_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, A* to, int64_t to_pitch);
 
 }  // namespace spos::cpu

@@ -26,14 +26,34 @@ SPOS_SIMD_WIDE void affine_relu_stream(const float* from, int64_t pitch, int64_t
     end_of_stream();
 }
 
+// 16 of every other value, of which the last is the 31st: nothing behind it is read.
+template <typename T>
+SPOS_SIMD_INLINE auto load_every_other(const T* from) {
+    return __builtin_shufflevector(load_pack(from), load_pack(from + kPack - 1), 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21,
+                                   23, 25, 27, 29, 31);
+}
+
 template <typename T>
 SPOS_SIMD_INLINE void even_rows(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch) {
     for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch) {
         int64_t c = 0;
         if constexpr (sizeof(T) >= sizeof(float))
             for (; c + kPack <= channels; c += kPack)
-                store_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+                store_pack(to + c, load_every_other(x + 2 * c));
         for (; c < channels; ++c) to[c] = x[2 * c];
+    }
+}
+
+template <typename T, typename A>
+SPOS_SIMD_INLINE void copy_rows(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
+                                int64_t to_pitch) {
+    for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
+        int64_t c = 0;
+        if (step == 1)
+            for (; c + kPack <= channels; c += kPack) store_pack(to + c, load_pack(from + c));
+        else if (step == 2)
+            for (; c + kPack <= channels; c += kPack) store_pack(to + c, load_every_other(from + 2 * c));
+        for (; c < channels; ++c) to[c] = widen(from[step * c]);
     }
 }
 
@@ -111,23 +131,24 @@ SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, 
 }
 
 // kWidth neighbouring pixels; those from `used` on are computed and dropped.
-template <int kKernel, int kWidth, typename A>
+template <int kKernel, int kStride, int kWidth, typename A>
 SPOS_SIMD_INLINE void depthwise_tile(const A* const* rows, int64_t offset, int64_t count, const A* weights,
                                      int64_t used, A* to, int64_t pitch) {
     using Pack = decltype(load_pack(weights));
     Pack sum[kWidth] = {};
     for (int64_t ky = 0; ky < count; ++ky) {
-        const A* row = rows[ky] + offset * kPack;
+        const A* row = rows[ky] + offset * kStride * kPack;
         const A* taps = weights + ky * kKernel * kPack;
         Pack tap[kKernel];
 #pragma GCC unroll 8
         for (int kx = 0; kx < kKernel; ++kx) tap[kx] = load_pack(taps + kx * kPack);
 #pragma GCC unroll 32
-        for (int i = 0; i < kWidth + kKernel - 1; ++i) {
+        for (int i = 0; i < kStride * (kWidth - 1) + kKernel; ++i) {
             const Pack value = load_pack(row + i * kPack);
 #pragma GCC unroll 8
             for (int kx = 0; kx < kKernel; ++kx)
-                if (i >= kx && i - kx < kWidth) sum[i - kx] += tap[kx] * value;
+                if (i >= kx && (i - kx) % kStride == 0 && (i - kx) / kStride < kWidth)
+                    sum[(i - kx) / kStride] += tap[kx] * value;
         }
     }
     if (used >= kWidth) {
@@ -141,61 +162,67 @@ SPOS_SIMD_INLINE void depthwise_tile(const A* const* rows, int64_t offset, int64
     }
 }
 
-template <int kKernel, bool kWide, typename A>
+template <int kKernel, int kStride, bool kWide, typename A>
 SPOS_SIMD_INLINE void depthwise_tiles(const A* const* rows, int64_t count, const A* weights, int64_t width, A* to,
                                       int64_t pitch) {
     int64_t x = 0;
     if constexpr (kWide) {
         for (; x + 14 <= width; x += 14)
-            depthwise_tile<kKernel, 14>(rows, x, count, weights, 14, to + x * pitch, pitch);
+            depthwise_tile<kKernel, kStride, 14>(rows, x, count, weights, 14, to + x * pitch, pitch);
         if (x + 7 <= width) {
-            depthwise_tile<kKernel, 7>(rows, x, count, weights, 7, to + x * pitch, pitch);
+            depthwise_tile<kKernel, kStride, 7>(rows, x, count, weights, 7, to + x * pitch, pitch);
             x += 7;
         }
     }
-    for (; x < width; x += 4) depthwise_tile<kKernel, 4>(rows, x, count, weights, width - x, to + x * pitch, pitch);
+    for (; x < width; x += 4) depthwise_tile<kKernel, kStride, 4>(rows, x, count, weights, width - x, to + x * pitch, pitch);
 }
 
 // Any kernel size.
 template <typename A>
 SPOS_SIMD_INLINE void depthwise_any(const A* const* rows, int64_t count, const A* weights, int64_t kernel,
-                                    int64_t width, A* to, int64_t pitch) {
+                                    int64_t width, A* to, int64_t pitch, int64_t stride) {
     for (int64_t x = 0; x < width; ++x) {
-        auto sum = load_pack(weights) * A(0);
+        decltype(load_pack(weights)) sum = {};
         for (int64_t ky = 0; ky < count; ++ky)
             for (int64_t kx = 0; kx < kernel; ++kx)
-                sum += load_pack(weights + (ky * kernel + kx) * kPack) * load_pack(rows[ky] + (x + kx) * kPack);
+                sum += load_pack(weights + (ky * kernel + kx) * kPack) * load_pack(rows[ky] + (stride * x + kx) * kPack);
         store_pack(to + x * pitch, sum);
     }
 }
 
 template <bool kWide, typename A>
 SPOS_SIMD_INLINE void depthwise(const A* const* rows, int64_t count, const A* weights, int64_t kernel, int64_t width,
-                                A* to, int64_t pitch) {
-    switch (kernel) {
-        case 3:
-            return depthwise_tiles<3, kWide>(rows, count, weights, width, to, pitch);
-        case 5:
-            return depthwise_tiles<5, kWide>(rows, count, weights, width, to, pitch);
-        case 7:
-            return depthwise_tiles<7, kWide>(rows, count, weights, width, to, pitch);
+                                A* to, int64_t pitch, int64_t stride) {
+    switch (kernel < 8 ? 8 * stride + kernel : 0) {
+        case 8 + 3:
+            return depthwise_tiles<3, 1, kWide>(rows, count, weights, width, to, pitch);
+        case 8 + 5:
+            return depthwise_tiles<5, 1, kWide>(rows, count, weights, width, to, pitch);
+        case 8 + 7:
+            return depthwise_tiles<7, 1, kWide>(rows, count, weights, width, to, pitch);
+        case 16 + 3:
+            return depthwise_tiles<3, 2, kWide>(rows, count, weights, width, to, pitch);
+        case 16 + 5:
+            return depthwise_tiles<5, 2, kWide>(rows, count, weights, width, to, pitch);
+        case 16 + 7:
+            return depthwise_tiles<7, 2, kWide>(rows, count, weights, width, to, pitch);
         default:
-            return depthwise_any(rows, count, weights, kernel, width, to, pitch);
+            return depthwise_any(rows, count, weights, kernel, width, to, pitch, stride);
     }
 }
 
 // Clones cannot be templates: one named function for each pair of types.
 SPOS_SIMD_WIDE void depthwise_wide(const float* const* rows, int64_t count, const float* weights, int64_t kernel,
-                                   int64_t width, float* to, int64_t pitch) {
-    depthwise<true>(rows, count, weights, kernel, width, to, pitch);
+                                   int64_t width, float* to, int64_t pitch, int64_t stride) {
+    depthwise<true>(rows, count, weights, kernel, width, to, pitch, stride);
 }
 SPOS_SIMD_CLONES void depthwise_narrow(const float* const* rows, int64_t count, const float* weights, int64_t kernel,
-                                       int64_t width, float* to, int64_t pitch) {
-    depthwise<false>(rows, count, weights, kernel, width, to, pitch);
+                                       int64_t width, float* to, int64_t pitch, int64_t stride) {
+    depthwise<false>(rows, count, weights, kernel, width, to, pitch, stride);
 }
 SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count, const double* weights, int64_t kernel,
-                                       int64_t width, double* to, int64_t pitch) {
-    depthwise<false>(rows, count, weights, kernel, width, to, pitch);
+                                       int64_t width, double* to, int64_t pitch, int64_t stride) {
+    depthwise<false>(rows, count, weights, kernel, width, to, pitch, stride);
 }
 
 #define SPOS_STORAGE(T, A)                                                                                     \
@@ -203,6 +230,9 @@ SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count,
                                      int64_t to_pitch) {                                                       \
         even_rows(x, pitch, pixels, channels, to, to_pitch);                                                   \
     }                                                                                                          \
+    SPOS_SIMD_CLONES void copy_clone(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to, int64_t to_pitch) { \
+        copy_rows(from, pitch, step, pixels, channels, to, to_pitch); \
+    } \
     SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, \
                                         int64_t to_pitch, int64_t done, double* mean, double* m2) {            \
         moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                             \
@@ -243,6 +273,12 @@ void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t chann
 }
 
 template <typename T, typename A>
+void copy_channels(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
+                   int64_t to_pitch) {
+    copy_clone(from, pitch, step, pixels, channels, to, to_pitch);
+}
+
+template <typename T, typename A>
 void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
                         int64_t done, double* mean, double* m2) {
     moments_clone(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);
@@ -262,14 +298,15 @@ void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t chann
 
 template <typename A>
 void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel, int64_t width,
-                   A* to, int64_t pitch) {
+                   A* to, int64_t pitch, int64_t stride) {
     weights += first * kernel * kPack;
     if constexpr (std::is_same_v<A, float>)
-        if (machine_is_wide()) return depthwise_wide(rows, count, weights, kernel, width, to, pitch);
-    depthwise_narrow(rows, count, weights, kernel, width, to, pitch);
+        if (machine_is_wide()) return depthwise_wide(rows, count, weights, kernel, width, to, pitch, stride);
+    depthwise_narrow(rows, count, weights, kernel, width, to, pitch, stride);
 }
 
 #define SPOS_INSTANTIATE(T, A)                                                                                     \
+    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t); \
     template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool);                      \
     template void store_with_moments(const A*, int64_t, int64_t, int64_t, T*, int64_t, int64_t, double*, double*); \
     template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool);
@@ -286,7 +323,9 @@ template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const flo
                               bool);
 template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, BFloat16*,
                               int64_t, bool);
-template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
-template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t);
+template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t,
+                            int64_t);
+template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t,
+                            int64_t);
 
 }  // namespace spos::cpu

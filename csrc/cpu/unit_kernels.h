@@ -35,23 +35,17 @@ template <typename T, typename U, typename A>
 void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
                      bool relu, U* to, int64_t to_pitch, bool stream = false);
 
-// The values in what they are computed in: where they lie, or else in the buffer.
+// to[p][c] = from[p][step * c].
 template <typename T, typename A>
-const A* widened(const T* from, int64_t size, A* buffer) {
-    if constexpr (sizeof(T) == sizeof(A)) {
-        return from;
-    } else {
-        for (int64_t i = 0; i < size; ++i) buffer[i] = widen(from[i]);
-        return buffer;
-    }
-}
+void copy_channels(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
+                   int64_t to_pitch);
 
 // One row of a depthwise convolution on one pack of channels. rows[i] is the input row under kernel row first + i, from
 // the pixel under the left end of the kernel on, kPack values a pixel; `slack` pixels behind its end are readable.
-// weights: [kernel * kernel][kPack]. to: a pack for each of `width` pixels, `pitch` apart.
+// weights: [kernel * kernel][kPack]. to: a pack for each of `width` pixels, `pitch` apart. stride: 1 or 2.
 constexpr int64_t kSlack = 32;
 template <typename A>
 void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel, int64_t width,
-                   A* to, int64_t pitch);
+                   A* to, int64_t pitch, int64_t stride = 1);
 
 }  // namespace spos::cpu

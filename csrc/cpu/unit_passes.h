@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <memory>
+#include <utility>
 #include <vector>
 
+#include "csrc/cpu/layers.h"
+#include "csrc/cpu/memory.h"
 #include "csrc/cpu/moments.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/cpu/simd.h"
@@ -21,11 +23,7 @@ inline int64_t whole_packs(int64_t channels) {
 // Bytes that a cache may keep for the next layer; larger outputs are written past it.
 constexpr int64_t kKept = 8 << 20;
 
-// Memory that is written before it is read.
-template <typename A>
-std::unique_ptr<A[]> scratch(int64_t size) {
-    return std::unique_ptr<A[]>(new A[size]);
-}
+constexpr int64_t kMostTasks = 64;  // of one pass: bounds the partial sums
 
 // Pixels in runs of whole blocks. A block's rows fit in the caches with a panel of weights; 112 is a multiple of the
 // rows of every tile.
@@ -46,10 +44,11 @@ struct BandTasks {
     static constexpr int64_t kChunk = 2 * kPack;  // channels of a task
     int64_t samples, height, band, bands, channels, chunks, count;
 
-    BandTasks(int64_t samples, int64_t height, int64_t width, int64_t channels)
+    // Bands begin at multiples of `step` rows.
+    BandTasks(int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t step = 1)
         : samples(samples),
           height(height),
-          band(std::min(height, divide_up(4096, width))),
+          band(std::min(height, divide_up(divide_up(4096, width), step) * step)),
           bands(divide_up(height, band)),
           channels(channels),
           chunks(divide_up(channels, kChunk)),
@@ -66,6 +65,14 @@ struct BandTasks {
     }
 };
 
+// What `places` tasks left, `size` values each, added in their order; the sum stays.
+template <typename Values>
+void add_places(Values& values, int64_t places, int64_t size) {
+    for (int64_t place = 1; place < places; ++place)
+        for (int64_t i = 0; i < size && !values.empty(); ++i) values[i] += values[place * size + i];
+    if (!values.empty()) values.resize(size);
+}
+
 // Moments of each channel from tasks that each saw some of the pixels.
 struct Statistics {
     int64_t places, channels;
@@ -77,25 +84,30 @@ struct Statistics {
     double* mean(int64_t place) { return means.data() + place * channels; }
     double* m2(int64_t place) { return m2s.data() + place * channels; }
 
-    // Merged in the order of the places. mean and var (divided by the count) in the statistics type.
-    template <typename A>
-    void finish(A* mean_out, A* var_out) {
+    // Of all, in the order of the places.
+    Moments merged() {
         int64_t count = counts[0];
         for (int64_t place = 1; place < places; ++place) {
             merge_moments(count, mean(0), m2(0), counts[place], mean(place), m2(place), channels);
             count += counts[place];
         }
-        for (int64_t c = 0; c < channels; ++c) {
-            mean_out[c] = static_cast<A>(mean(0)[c]);
-            var_out[c] = static_cast<A>(m2(0)[c] / count);
-        }
+        means.resize(channels), m2s.resize(channels);
+        return {std::move(means), std::move(m2s)};
     }
 };
+
+// Of stored values with others; in double, and in four chains, for one chain of additions would wait for itself.
+template <typename T, typename A>
+double dot(const T* values, const A* others, int64_t size) {
+    double sum[4] = {};
+    for (int64_t i = 0; i < size; ++i) sum[i % 4] += double(widen(values[i])) * others[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
 
 // Batch normalisation as y = scale * z + shift; zeros behind the last channel up to a whole pack.
 template <typename A>
 struct Affine {
-    std::vector<A> scale, shift;
+    Lines<A> scale, shift;
 
     Affine(int64_t channels, const A* mean, const A* var, const A* gamma, const A* beta, double epsilon)
         : scale(whole_packs(channels)), shift(whole_packs(channels)) {

@@ -54,7 +54,7 @@ def _flag_text(value: Any) -> str:
 def _labels(data: RunData) -> list[str]:
     """``--arch`` for what the plain command would not retrain."""
     labels = [entry.label for entry in data.retrained]
-    usual = {"evolution", *(f"all_{name}" for name in data.choices[0])}
+    usual = {"evolution", *data.baselines}
     usual |= {f"random_{number}" for number in range(data.config.retrain.random_architectures)}
     usual |= {"random_search"} if data.config.search.random_search else set()
     named = [label for label in labels if label not in usual]

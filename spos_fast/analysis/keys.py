@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from spos_fast.analysis.run_data import RunData
@@ -19,26 +20,32 @@ COST_KEY = (
 
 
 def choice_key(data: RunData) -> str:
-    """What the colours and the letters of the choices mean."""
-    names = max(data.choices, key=len)
-    cells = (
-        f'<span><span class="strip roomy">{choice_cell(index, tag)}</span>{escape(name)}</span>'
-        for index, (name, tag) in enumerate(zip(names, choice_tags(names), strict=True))
-    )
-    return f'<div class="key">{"".join(cells)}</div>'
+    """What the cells of strips mean."""
+    keys = []
+    for kind in data.kinds:
+        names = data.names(kind)
+        cells = (
+            f'<span><span class="strip roomy">{choice_cell(kind, index, names)}</span>{escape(name)}</span>'
+            for index, name in enumerate(names)
+        )
+        keys.append(f'<div class="key">{"".join(cells)}</div>')
+    return "".join(keys)
 
 
-def choice_cell(choice: int, tag: str, attributes: str = "") -> str:
-    """One coloured cell of a strip."""
+def choice_cell(kind: str, choice: int, names: Sequence[str], attributes: str = "") -> str:
+    """One cell of a strip: a block's colour and letter, or a bar as high as a width is wide."""
+    if kind == "width":
+        level = 100 * (choice + 1) // len(names)
+        return f'<i{attributes} style="background:linear-gradient(to top,var(--width) {level}%,var(--line) 0)"></i>'
     colour = choice_colour(choice)
-    return f'<i{attributes} style="background:var(--{colour});color:var(--on-{colour})">{escape(tag)}</i>'
+    tag = escape(choice_tags(names)[choice])
+    return f'<i{attributes} style="background:var(--{colour});color:var(--on-{colour})">{tag}</i>'
 
 
 def row_style(row: Row, data: RunData) -> tuple[str, str, str]:
     """The (name, colour, shape) entry of an architecture in the curves of retraining."""
     if row.label in ("evolution", "random_search"):
         return (row.title, "evolution", "line") if row.label == "evolution" else (row.title, "random", "dashed")
-    for choice, name in enumerate(data.choices[0]):
-        if row.label == f"all_{name}":
-            return row.title, choice_colour(choice), "thin"
+    if row.label in data.baselines:
+        return row.title, choice_colour(list(data.baselines).index(row.label)), "thin"
     return "random and custom ones", "muted", "dotted"

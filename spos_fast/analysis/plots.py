@@ -100,13 +100,14 @@ def accuracy_against_macs(data: RunData) -> str:
     )  # fmt: skip
 
 
-def choice_map(data: RunData, rows: Sequence[Row]) -> str:
-    """Share of every choice at every layer among the best of evolution, and below it the compared architectures."""
-    layers = len(data.choices)
-    names = max(data.choices, key=len)
+def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
+    """Share of every block or width at every layer among the best of evolution, and below it the compared
+    architectures.
+    """
+    layers, names = data.layers, data.names(kind)
     tags = choice_tags(names)
     top = ranked(data.evolution)[: data.config.search.top_k]
-    shares = choice_shares(top, data.choices)
+    shares = choice_shares([data.of_kind(kind, candidate.genes) for candidate in top], layers, len(names))
     shown = [row for row in rows if row.genes is not None]
     left, cell, height = 150, min(104, max(34, 890 // layers)), 25
     gap = 1.3 if top else 0.0
@@ -125,23 +126,28 @@ def choice_map(data: RunData, rows: Sequence[Row]) -> str:
             _row_label(axes, choice, name)
             for layer in range(layers):
                 share = shares[choice, layer]
-                full = share >= (0.45 if choice_colour(choice) in DARK_ON else 0.75)
-                colour = f"on-{choice_colour(choice)}" if full else "ink"
-                _cell(axes, layer, choice, choice_colour(choice), share, f"{share:.0%}" if share else "", colour)
+                colour = choice_colour(choice) if kind == "block" else "width"
+                full = share >= (0.45 if colour in DARK_ON else 0.75)
+                text_colour = f"on-{colour}" if full else "ink"
+                _cell(axes, layer, choice, colour, share, f"{share:.0%}" if share else "", text_colour)
         _row_label(axes, heat_rows + gap / 2 - 0.5, "chosen architecture:", muted=True)
     for index, row in enumerate(shown):
         y = heat_rows + gap + index
         _row_label(axes, y, row.title)
-        for layer, choice in enumerate(row.genes or ()):
-            _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
+        for layer, choice in enumerate(data.of_kind(kind, row.genes or ())):
+            if kind == "block":
+                _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
+            else:
+                shade = (choice + 1) / len(names)
+                _cell(axes, layer, y, "width", shade, tags[choice], "on-width" if shade >= 0.75 else "ink")
     repeats = getattr(data.config.space, "stage_repeats", ())
     if sum(repeats) == layers:
         for edge in np.cumsum(repeats)[:-1]:
             axes.axvline(edge, color=COLOURS["ink"], lw=1.2)
     often = ", ".join(names[int(np.argmax(shares[:, layer]))] for layer in range(layers)) if top else "none"
     return inline_svg(
-        figure, "choices",
-        f"Choice of every layer. Most frequent among the {len(top)} best of evolution, from the first layer to the "
+        figure, f"{kind}s",
+        f"The {kind} of every layer. Most frequent among the {len(top)} best of evolution, from the first layer to the "
         f"last: {often}.",
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 import spos_fast
 from spos_fast.analysis.commands import again_commands, stage_command
 from spos_fast.analysis.drawing import short_number
-from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, choice_key, row_style
+from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, row_style
 from spos_fast.analysis.page import card, document, figure_key
 from spos_fast.analysis.page import tiles as page_tiles
 from spos_fast.analysis.plots import (
@@ -182,8 +182,9 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     top = min(data.config.search.top_k, len(data.evolution))
     above = f"Above: share of every choice among the {top} best architectures of evolution, layer by layer. "
     caption = (above if top else "") + "Below: the compared architectures. Thick lines part the stages."
-    drawn = card("", choice_map(data, rows), caption, choice_key(data), wide=True)
-    parts.append(f"<h2>Which choice where</h2>{drawn}")
+    for kind in data.kinds:
+        drawn = card("", choice_map(data, rows, kind), caption, wide=True)
+        parts.append(f"<h2>Which {kind} where</h2>{drawn}")
     return "\n".join(parts)
 
 
@@ -196,6 +197,10 @@ def _supernet(data: RunData) -> str:
         loss, accuracy = training_curves(data.supernet, "supernet")
         parts.append(f'<div class="pair">{card("Loss", loss)}{card("Accuracy", accuracy)}</div>')
         note = "Means since the row before, on augmented training images, over uniformly sampled paths."
+        train = data.config.train
+        if train.widening_end:
+            first, all_in = (round(share * train.steps) for share in (train.widening_start, train.widening_end))
+            note += f" Blocks run at their widest for {first:,} steps; all widths are drawn from step {all_in:,} on."
         parts.append(f'<p class="note">{note}</p>')
     elif data.config.search.supernet:
         published = escape(data.config.search.supernet)

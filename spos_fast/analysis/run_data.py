@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ class Scored:
     """One candidate of a search.
 
     Attributes:
-        genes: choice index of every layer.
+        genes: choice index of every gene.
         accuracy: share of validation images, with the supernet's weights; NaN is possible in damaged runs.
         loss: mean cross-entropy on the same images.
         images: number of validation images.
@@ -85,7 +85,9 @@ class RunData:
         path: the folder.
         config: its settings, defaults for stages that have not begun.
         sections: names of the settings that the folder stores.
-        choices: for every layer the names of its candidates.
+        choices: for every gene the names of its candidates.
+        kinds: what the genes of a layer decide: block, width, or both.
+        baselines: genes of the uniform networks of the comparison, by label.
         supernet: rows of the supernet's training.
         evolution, random_search: candidates in the order in which they were scored.
         search_finished: whether the search wrote its result.
@@ -97,6 +99,8 @@ class RunData:
     config: Config
     sections: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...]
+    kinds: tuple[str, ...]
+    baselines: dict[str, tuple[int, ...]]
     supernet: tuple[Metrics, ...]
     evolution: tuple[Scored, ...]
     random_search: tuple[Scored, ...]
@@ -108,6 +112,19 @@ class RunData:
     def budget(self) -> int:
         """Most candidates that one phase of the search scores."""
         return self.config.search.population * (self.config.search.generations + 1)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.choices) // len(self.kinds)
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Names of the choices of one of :attr:`kinds`."""
+        return self.choices[self.kinds.index(kind)]
+
+    def of_kind(self, kind: str, genes: Sequence[int]) -> Sequence[int]:
+        """The genes of one of :attr:`kinds`, one a layer."""
+        return genes[self.kinds.index(kind) :: len(self.kinds)]
 
 
 def read_run(path: Path) -> RunData:
@@ -125,14 +142,17 @@ def read_run(path: Path) -> RunData:
         raise InputError(f"run: {path / 'config.json'} holds no settings")
     config = config_from(stored, str(path / "config.json"))
     # The names of the choices depend on neither images nor classes, so the data set is not loaded for them.
-    choices = config.space.make(input_size=config.data.input_size, in_channels=1, num_classes=2).choices
-    reader = _Reader(path, choices)
+    space = config.space.make(input_size=config.data.input_size, in_channels=1, num_classes=2)
+    baselines = {label: arch.genes for label, arch in space.baselines().items()}
+    reader = _Reader(path, space.choices, tuple(baselines))
     phases = {name: reader.phase(name, config.search.population) for name in ("evolution", "random_search")}
     return RunData(
         path=path,
         config=config,
         sections=tuple(name for name in SECTIONS if name in stored),
-        choices=choices,
+        choices=space.choices,
+        kinds=space.kinds,
+        baselines=baselines,
         supernet=reader.metrics("supernet", config.train.steps),
         evolution=phases["evolution"],
         random_search=phases["random_search"],
@@ -143,8 +163,8 @@ def read_run(path: Path) -> RunData:
 
 
 class _Reader:
-    def __init__(self, path: Path, choices: tuple[tuple[str, ...], ...]) -> None:
-        self.path, self.choices = path, choices
+    def __init__(self, path: Path, choices: tuple[tuple[str, ...], ...], baselines: tuple[str, ...]) -> None:
+        self.path, self.choices, self.baselines = path, choices, baselines
         self.problems: list[str] = []
         self._recorded: list[dict[str, Any]] | None = None
 
@@ -181,12 +201,11 @@ class _Reader:
         return Retrained(label, self.metrics(f"retrain/{label}", steps), results[0] if results else None)
 
     def _order(self, label: str) -> tuple[int, int, str]:
-        everywhere = [f"all_{name}" for name in self.choices[0]]
         number = re.fullmatch(r"random_(\d{1,9})", label)
         if label in ("evolution", "random_search"):
             return 0, int(label == "random_search"), label
-        if label in everywhere:
-            return 1, everywhere.index(label), label
+        if label in self.baselines:
+            return 1, self.baselines.index(label), label
         return (2, int(number[1]), label) if number else (3, 0, label)
 
     def _scored(self, row: dict[str, Any], generation: Any) -> Scored:

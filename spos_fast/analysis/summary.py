@@ -73,15 +73,15 @@ def pareto_front(candidates: Iterable[Scored]) -> list[Scored]:
     return front
 
 
-def choice_shares(candidates: Sequence[Scored], choices: Sequence[Sequence[str]]) -> np.ndarray:
-    """Share of every choice at every layer.
+def choice_shares(chosen: Sequence[Sequence[int]], layers: int, choices: int) -> np.ndarray:
+    """Share of every choice at every layer, from the choices of architectures at their layers.
 
     Returns:
-        float64 ``[most choices of a layer, layers]``; every column sums to 1, or is 0 if there is no candidate.
+        float64 ``[choices, layers]``; every column sums to 1, or is 0 if there is no architecture.
     """
-    shares = np.zeros((max(map(len, choices)), len(choices)))
-    for candidate in candidates:
-        shares[list(candidate.genes), range(len(choices))] += 1 / len(candidates)
+    shares = np.zeros((choices, layers))
+    for indices in chosen:
+        shares[list(indices), range(layers)] += 1 / len(chosen)
     return shares
 
 
@@ -111,12 +111,12 @@ def accuracy_floor(accuracies: Iterable[float]) -> float:
 
 
 def choice_tags(names: Sequence[str]) -> list[str]:
-    """One or two characters for every choice: the number that its name ends with, else its first letter; the index
-    where these are not all different.
+    """Few characters for every choice: the number that its name ends with or, for a ratio such as 0.6x, is; else its
+    first letter; the index where these are not all different.
     """
     tags = []
     for name in names:
-        number = re.search(r"\d{1,2}$", name)
+        number = re.search(r"^[\d.]+(?=x$)|\d{1,2}$", name)
         tags.append(number[0] if number else name[:1])
     return tags if len(set(tags)) == len(tags) else [str(index) for index in range(len(names))]
 
@@ -137,17 +137,10 @@ def comparison(data: RunData) -> list[Row]:
         rows.append(Row(label, _title(label), note, genes, scored, result, entry))
     for label, entry in retrained.items():
         result = entry.result
-        genes = result.genes if result else _genes_of(label, data)
+        genes = result.genes if result else data.baselines.get(label)
         scored = scores.get(genes) if genes else None
         rows.append(Row(label, _title(label), "", genes, scored, result, entry))
     return rows
-
-
-def _genes_of(label: str, data: RunData) -> tuple[int, ...] | None:
-    for choice, name in enumerate(data.choices[0]):
-        if label == f"all_{name}":
-            return (choice,) * len(data.choices)
-    return None
 
 
 def _title(label: str) -> str:

@@ -21,6 +21,8 @@ COLOURS = {
     "paper": "#fefefe",
     "evolution": "#00785f",
     "random": "#868d97",
+    "width": "#7a4fa3",
+    "on-width": "#fdfdfd",
     **{f"choice-{index}": f"#c0010{index}" for index in range(8)},
     **{f"on-choice-{index}": f"#c0020{index}" for index in range(8)},
 }

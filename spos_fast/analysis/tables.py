@@ -10,7 +10,7 @@ from typing import Any
 from spos_fast.analysis.drawing import short_number
 from spos_fast.analysis.keys import choice_cell, choice_key
 from spos_fast.analysis.run_data import RunData, Scored, Tested
-from spos_fast.analysis.summary import Row, choice_tags, wilson_interval
+from spos_fast.analysis.summary import Row, wilson_interval
 from spos_fast.config import SECTIONS, documented_fields, plain
 
 
@@ -52,27 +52,31 @@ def comparison_table(rows: Sequence[Row], data: RunData) -> str:
 <th scope="col" class="number">Validation accuracy,<br>supernet's weights</th>
 <th scope="col" class="number">Test accuracy,<br>retrained</th><th scope="col">95% interval</th>
 <th scope="col" class="number">MACs</th><th scope="col" class="number">Params</th>
-<th scope="col">Choice of every layer, first to last</th></tr></thead>
+<th scope="col">{escape(" and ".join(data.kinds).capitalize())} of every layer, first to last</th></tr></thead>
 <tbody>
 {chr(10).join(lines)}
 </tbody></table></div>{choice_key(data)}</div>"""
 
 
 def strip(genes: Sequence[int], data: RunData) -> str:
-    """An architecture as a strip of cells, one a layer."""
+    """An architecture as strips of cells, one a layer: its blocks, and below them its widths."""
     edges, edge = set(), 0
     repeats = getattr(data.config.space, "stage_repeats", ())
-    for count in repeats if sum(repeats) == len(genes) else ():
+    for count in repeats if sum(repeats) == data.layers else ():
         edge += count
         edges.add(edge)
-    cells = []
-    for layer, (gene, names) in enumerate(zip(genes, data.choices, strict=True)):
-        stage = ' class="stage"' if layer in edges else ""
-        title = escape(f"layer {layer + 1}: {names[gene]}")
-        cells.append(choice_cell(gene, choice_tags(names)[gene], f'{stage} title="{title}"'))
-    described = escape(", ".join(names[gene] for gene, names in zip(genes, data.choices, strict=True)))
-    roomy = " roomy" if len(genes) <= 12 else ""
-    return f'<span class="strip{roomy}" role="img" aria-label="{described}">{"".join(cells)}</span>'
+    strips = []
+    for kind in data.kinds:
+        names, cells = data.names(kind), []
+        chosen = data.of_kind(kind, genes)
+        for layer, choice in enumerate(chosen):
+            stage = ' class="stage"' if layer in edges else ""
+            title = escape(f"layer {layer + 1}: {names[choice]}")
+            cells.append(choice_cell(kind, choice, names, f'{stage} title="{title}"'))
+        described = escape(", ".join(names[choice] for choice in chosen))
+        roomy = " roomy" if data.layers <= 12 else ""
+        strips.append(f'<span class="strip{roomy}" role="img" aria-label="{described}">{"".join(cells)}</span>')
+    return "<br>".join(strips)
 
 
 def settings_tables(data: RunData) -> str:

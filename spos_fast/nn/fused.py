@@ -48,10 +48,10 @@ def run(
 ) -> Tensor | None:
     """The block's output by its op; None where only the modules will do.
 
-    The op runs on float32 images that are channels last, on devices that have a kernel: with batch statistics in all
-    layers, or with running statistics in all layers where no gradient is wanted. Hooks on the branches or in them would
-    not fire, and replaced forwards not be called, so they keep the modules; as do torch.compile, which fuses by itself,
-    and autocast.
+    The op runs on images that are channels last, float32 or (on a GPU) under autocast, on devices that have a kernel:
+    with batch statistics in all layers, or with running statistics in all layers where no gradient is wanted. Hooks on
+    the branches or in them would not fire, and replaced forwards not be called, so they keep the modules; as does
+    torch.compile, which fuses by itself.
 
     Args:
         plan: which block it is.
@@ -60,9 +60,9 @@ def run(
         stride: of the block.
         mid: how many mid channels are used, the first ones; None for all. Running statistics move inside of the slice.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or x.dtype != torch.float32:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not _fits(x):
         return None
-    if torch.is_autocast_enabled(x.device.type) or not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.is_contiguous(memory_format=torch.channels_last):
         return None
     branches = [(branch, plan.layers)] + ([(projection, _PROJECTION)] if projection is not None else [])
     if _has_any_global_hook() or any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
@@ -161,6 +161,13 @@ def _weights(branch: nn.Sequential | None) -> tuple[Tensor, ...] | None:
     if branch is None:
         return None
     return tuple(layer.weight for layer in branch if isinstance(layer, _CONV))
+
+
+def _fits(x: Tensor) -> bool:
+    """On a CPU autocast keeps the modules: PyTorch's own bfloat16 convolutions use instructions that ours do not."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.device.type != "cpu" and x.dtype in (torch.float32, torch.get_autocast_dtype(x.device.type))
+    return x.dtype == torch.float32
 
 
 def _has_kernel(op: str, x: Tensor) -> bool:

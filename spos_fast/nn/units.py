@@ -6,10 +6,13 @@ Parameter names are those of the published code (``branch_main.<i>``, ``branch_p
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from spos_fast import ops
 from spos_fast.errors import InputError
 from spos_fast.nn import fused
 
@@ -28,6 +31,9 @@ class _Unit(nn.Module):
     With ``stride=1`` and as many output as input channels the input is split: even channels pass through, odd channels
     go through ``branch_main`` (the channel shuffle of the published code). Otherwise both branches see the whole input:
     ``branch_proj`` keeps its channels, ``branch_main`` makes the rest.
+
+    A unit can run with fewer mid channels than it has: it is the unit that the first of them would make, and the others
+    are neither read nor written (their gradient is zero, their running statistics do not move).
     """
 
     plan: fused.Plan
@@ -47,7 +53,7 @@ class _Unit(nn.Module):
             raise InputError(f"stride: got {stride}; expected 1 or 2")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size: got {kernel_size}; expected an odd number such as 3, 5 or 7")
-        self.stride = stride
+        self.mid_channels, self.stride = mid_channels, stride
         self.splits = stride == 1 and in_channels == out_channels
         if self.splits and in_channels % 2:
             raise InputError(f"in_channels: got {in_channels}; a unit that splits its input needs an even number")
@@ -71,20 +77,49 @@ class _Unit(nn.Module):
             nn.ReLU(inplace=True),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mid: int | None = None) -> Tensor:
         """Shapes ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
 
         Channels-last input runs as one fused op where that gives the same (``spos_fast.nn.fused``);
         ``SPOS_FAST_BACKEND=reference`` switches it off.
-        """
-        out = fused.run(self.plan, x, self.branch_main, self.branch_proj, self.stride)
-        return out if out is not None else self._plainly(x)
 
-    def _plainly(self, x: Tensor) -> Tensor:
-        if self.branch_proj is None:
-            # Slices keep the memory format; the view-and-transpose form of the shuffle would leave channels_last.
-            return torch.cat((x[:, ::2], self.branch_main(x[:, 1::2])), 1)
-        return torch.cat((self.branch_proj(x), self.branch_main(x)), 1)
+        Args:
+            x: images.
+            mid: how many of the mid channels are used; None is all of them.
+
+        Raises:
+            InputError: ``mid`` is not 1 to ``mid_channels``.
+        """
+        if mid is not None and not 1 <= mid <= self.mid_channels:
+            raise InputError(f"mid: got {mid}; expected 1 to {self.mid_channels} channels")
+        mid = None if mid == self.mid_channels else mid
+        out = fused.run(self.plan, x, self.branch_main, self.branch_proj, self.stride, mid)
+        return out if out is not None else self._plainly(x, mid)
+
+    def _plainly(self, x: Tensor, mid: int | None) -> Tensor:
+        # Slices keep the memory format; the view-and-transpose form of the shuffle would leave channels_last.
+        passed, narrow = (x[:, ::2], x[:, 1::2]) if self.branch_proj is None else (self.branch_proj(x), x)
+        made = self.branch_main(narrow) if mid is None else _run_slice(self.branch_main, narrow, mid)
+        return torch.cat((passed, made), 1)
+
+
+def _run_slice(branch: nn.Sequential, x: Tensor, mid: int) -> Tensor:
+    """The main branch of a unit with ``mid`` of its mid channels, on views of its parameters and statistics."""
+    last = max(position for position, layer in enumerate(branch) if isinstance(layer, nn.Conv2d))
+    for position, layer in enumerate(branch):
+        if isinstance(layer, nn.Conv2d):
+            # A depthwise convolution makes as many channels as come in, the last one as many as it has.
+            made = None if layer.groups > 1 or position == last else mid
+            padding = cast("tuple[int, int]", layer.padding)
+            x = ops.sliced_conv2d(x, layer.weight, None, layer.stride, padding, groups=layer.groups, out_channels=made)
+        elif isinstance(layer, nn.BatchNorm2d):
+            # The layer itself runs, so that its momentum, its counter and its hooks are honoured.
+            tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+            cut = {name: tensor[: x.shape[1]] for name, tensor in tensors if tensor.dim()}
+            x = functional_call(layer, cut, (x,))
+        else:
+            x = layer(x)
+    return x
 
 
 class ShuffleUnit(_Unit):
@@ -95,7 +130,7 @@ class ShuffleUnit(_Unit):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        mid_channels: channels between the two 1x1 convolutions.
+        mid_channels: channels between the two 1x1 convolutions, at most.
         kernel_size: odd size of the depthwise kernel.
         stride: 1 or 2.
         affine: whether batch normalisation learns a scale and a shift (off in a supernet).

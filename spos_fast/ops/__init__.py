@@ -5,6 +5,7 @@ from spos_fast.ops.block_gradients import dw_bnstats_backward_reference, pw_bnst
 from spos_fast.ops.blocks import BNStats, dw_bnstats, dw_bnstats_reference, pw_bnstats, pw_bnstats_reference
 from spos_fast.ops.bn_act_cat import bn_act_cat, bn_act_cat_backward_reference, bn_act_cat_reference
 from spos_fast.ops.dispatch import explain
+from spos_fast.ops.sliced import sliced_batch_norm, sliced_conv2d
 from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_infer, xception_unit, xception_unit_infer
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "pw_bnstats_reference",
     "shuffle_unit",
     "shuffle_unit_infer",
+    "sliced_batch_norm",
+    "sliced_conv2d",
     "xception_unit",
     "xception_unit_infer",
 ]

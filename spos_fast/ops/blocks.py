@@ -19,7 +19,6 @@ from spos_fast.ops.block_gradients import dw_backward_op, pw_backward_op
 from spos_fast.ops.channels import (
     LAST,
     activation,
-    channels_last,
     check_affine,
     check_image,
     check_weight,
@@ -34,6 +33,7 @@ from spos_fast.ops.channels import (
     width_of,
 )
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.layout import channels_last
 
 
 class BNStats(NamedTuple):
@@ -80,8 +80,8 @@ def pw_bnstats(
         channels_in: how many of the stored input channels are used, the first ones; None for all. Or an int32 tensor []
             on x's device, read at run time (a CUDA graph may be replayed on another value): sizes then are those of
             all stored channels, and scale and shift of that size.
-        channels_out: likewise, of the stored output channels. Given as a tensor, absent channels have zeros in mean and
-            m2 and in all gradients; what z holds there is not specified.
+        channels_out: likewise, of the stored output channels. Given as a tensor, absent channels are zero in z, mean
+            and m2 and in all gradients. Zeros in z cost a pass of their own; the raw op leaves there what it finds.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
@@ -92,8 +92,9 @@ def pw_bnstats(
     used_in, width_in = width_of("channels_in", channels_in, stored[1])
     used_out, width_out = width_of("channels_out", channels_out, stored[0])
     _check_pw(x, weight, scale, shift, first, step, used_in, used_out, width_in, width_out)
-    x = channels_last(x, "x", "pw_bnstats")
-    return BNStats(*_pw_op(x, weight, scale, shift, relu, first, step, used_in, used_out, width_in, width_out))
+    x = channels_last(x, "pw_bnstats")
+    made = _pw_op(x, weight, scale, shift, relu, first, step, used_in, used_out, width_in, width_out)
+    return _without_absent(made, width_out)
 
 
 def dw_bnstats(
@@ -128,8 +129,8 @@ def dw_bnstats(
     stored = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() > 0 else 0
     used, width = width_of("channels", channels, stored)
     _check_dw(x, weight, scale, shift, stride, used, width)
-    x = channels_last(x, "x", "dw_bnstats")
-    return BNStats(*_dw_op(x, weight, scale, shift, relu, stride, used, width))
+    x = channels_last(x, "dw_bnstats")
+    return _without_absent(_dw_op(x, weight, scale, shift, relu, stride, used, width), width)
 
 
 def pw_bnstats_reference(
@@ -167,6 +168,11 @@ def dw_bnstats_reference(
     a = activation(x[:, :channels], scale, shift, relu)
     z = functional.conv2d(a, weight[:channels], None, stride, weight.shape[2] // 2, groups=channels)
     return _with_statistics(z, width)
+
+
+def _without_absent(made: tuple[Tensor, Tensor, Tensor], width: Tensor | None) -> BNStats:
+    z, mean, m2 = made
+    return BNStats(only_present(z, width, 1), mean, m2)
 
 
 def _with_statistics(z: Tensor, width: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,12 +273,14 @@ _pw_op = define_op(
     "-> (Tensor z, Tensor mean, Tensor m2)",
     reference=pw_bnstats_reference,
     fake=_fake_pw,
+    autocast=(0, 1),
 )
 _dw_op = define_op(
     "dw_bnstats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool relu, int stride, "
     "SymInt channels, Tensor? width) -> (Tensor z, Tensor mean, Tensor m2)",
     reference=dw_bnstats_reference,
     fake=_fake_dw,
+    autocast=(0, 1),
 )
 
 

@@ -15,7 +15,6 @@ from spos_fast.ops.channels import (
     LAST,
     activation,
     affine,
-    channels_last,
     check_affine,
     check_image,
     check_statistics,
@@ -25,6 +24,7 @@ from spos_fast.ops.channels import (
     scattered,
 )
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.layout import channels_last
 
 
 def bn_act_cat(
@@ -61,9 +61,9 @@ def bn_act_cat(
     """
     z, other = in_autocast_dtype(z, other)
     _check(z, scale, shift, other, other_scale, other_shift)
-    z = channels_last(z, "z", "bn_act_cat")
+    z = channels_last(z, "bn_act_cat", "z")
     if other is not None:
-        other = channels_last(other, "other", "bn_act_cat")
+        other = channels_last(other, "bn_act_cat", "other")
     out: Tensor = _op(z, scale, shift, other, other_scale, other_shift, relu)
     return out
 
@@ -166,6 +166,7 @@ _op = define_op(
     "bool relu=True) -> Tensor",
     reference=bn_act_cat_reference,
     fake=_fake,
+    autocast=(0, 3),
 )
 _backward_op = define_op(
     "bn_act_cat_backward(Tensor grad, int first, Tensor z, Tensor scale, Tensor shift, Tensor mean, bool relu) "

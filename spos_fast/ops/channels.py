@@ -6,7 +6,6 @@ reads it at run time, so that a CUDA graph can be replayed on another value; the
 
 from __future__ import annotations
 
-import warnings
 from typing import TypeVar
 
 import torch
@@ -15,15 +14,10 @@ from torch.nn import functional
 
 from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import DTYPES
+from spos_fast.ops.unit_layers import statistics_dtype
 
 LAST = torch.channels_last
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
-_warned_of_layout: set[str] = set()  # ops
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """What statistics, scales and shifts of x are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def width_of(name: str, channels: int | Tensor | None, stored: int) -> tuple[int, Tensor | None]:
@@ -47,17 +41,6 @@ def in_autocast_dtype(x: Tensor, other: MaybeTensor) -> tuple[Tensor, MaybeTenso
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), other.to(dtype) if isinstance(other, Tensor) else other
     return x, other
-
-
-def channels_last(x: Tensor, name: str, op: str) -> Tensor:
-    """The image in channels last; what is not is copied, with one warning an op."""
-    if x.is_contiguous(memory_format=LAST):
-        return x
-    if not torch.compiler.is_compiling() and op not in _warned_of_layout:
-        _warned_of_layout.add(op)
-        warnings.warn(f"{op}: {name} is not channels last and is copied; convert the model and its input once "
-                      "with .to(memory_format=torch.channels_last)", RuntimeWarning, stacklevel=3)  # fmt: skip
-    return x.contiguous(memory_format=LAST)
 
 
 def check_width(name: str, width: Tensor | None, x: Tensor) -> None:

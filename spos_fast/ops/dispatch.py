@@ -28,7 +28,7 @@ LIBRARY = torch.library.Library("spos_fast", "DEF")
 class Choice:
     """Which kernel serves an op on a device, and why."""
 
-    kernel: str  # native, triton or reference
+    kernel: str  # native, triton, reference or composite
     reason: str
     fallback: bool = False  # the reference, though nobody asked for it
 
@@ -42,12 +42,14 @@ class Op:
         reference: the definition in plain PyTorch.
         triton: the Triton kernel's launcher; None if there is none.
         choices: which kernel serves which device type.
+        plain: why the reference is its one implementation; None if it has kernels.
     """
 
     overload: Any
     reference: Kernel
     triton: Kernel | None
     choices: dict[str, Choice]
+    plain: str | None = None
 
 
 OPS: dict[str, Op] = {}  # by name
@@ -85,12 +87,27 @@ def define_op(
     # Serves every device without a kernel of its own. Not Implicit: autograd is the op's own.
     LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
     overload = getattr(torch.ops.spos_fast, name).default
-    OPS[name] = Op(overload, reference, launcher, choices)
+    OPS[name] = Op(overload, reference, launcher, choices, plain)
     positions = frozenset(autocast)
     if positions:
         for device in DEVICES:
             _register_autocast(overload, device, positions)
     return overload
+
+
+def define_composite(schema: str, function: Kernel, why: str) -> None:
+    """Define an op that consists of PyTorch's own: autograd, autocast, fakes and compilers see those.
+
+    Args:
+        schema: as for :func:`define_op`.
+        function: plain PyTorch with the same arguments and defaults.
+        why: what serves it and why that is enough.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    overload = getattr(torch.ops.spos_fast, name).default
+    OPS[name] = Op(overload, function, None, {device: Choice("composite", why) for device in DEVICES}, why)
 
 
 def _register_autocast(overload: Any, device: str, positions: frozenset[int]) -> None:

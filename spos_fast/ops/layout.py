@@ -10,14 +10,14 @@ from torch import Tensor
 _warned: set[str] = set()  # ops
 
 
-def channels_last(x: Tensor, op: str) -> Tensor:
+def channels_last(x: Tensor, op: str, name: str = "x") -> Tensor:
     """The tensor itself if it is packed with the channels last; else a copy that is, with one warning an op."""
     if x.dim() != 4 or x.is_contiguous(memory_format=torch.channels_last):
         return x
     if op not in _warned and not torch.compiler.is_compiling():
         _warned.add(op)
         warnings.warn(
-            f"{op}: x is not channels last and is copied; convert the model and its input once with "
+            f"{op}: {name} is not channels last and is copied; convert the model and its input once with "
             ".to(memory_format=torch.channels_last)",
             RuntimeWarning,
             stacklevel=4,

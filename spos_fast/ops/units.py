@@ -193,6 +193,9 @@ def _train(
 ) -> UnitOutput:
     x, mid, width = _prepared(name, x, weights, mid)
     beside = projection or (None, None)
+    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
+    check_vector("gamma", gamma, unit)
+    check_vector("beta", beta, unit)
     differentiated = (x, *weights, *beside, gamma, beta)
     save = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in differentiated)
     out, _, mean, var = _OPS[name](x, *weights, *beside, gamma, beta, mid, width, stride, eps, save)
@@ -210,7 +213,11 @@ def _infer(
     stride: int,
 ) -> Tensor:
     x, mid, width = _prepared(name, x, weights, mid)
-    out: Tensor = _OPS[name](x, *weights, *(projection or (None, None)), scale, shift, mid, width, stride)
+    beside = projection or (None, None)
+    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
+    check_vector("scale", scale, unit)
+    check_vector("shift", shift, unit)
+    out: Tensor = _OPS[name](x, *weights, *beside, scale, shift, mid, width, stride)
     return out
 
 

@@ -31,19 +31,24 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """One metric of :class:`Cost` in additive form: ``fixed + sum(layers[i][genes[i]])``.
+    """One metric of :class:`Cost`, additive over layers: ``fixed + sum(layers[i][genes of layer i])``.
 
     Attributes:
         fixed: what every architecture pays (stem and head).
-        layers: one int64 array a gene, one entry a choice.
+        layers: one int64 array a layer, with one axis for each of the layer's genes: the genes of a layer may act on
+            its cost together (the width of a block matters more in one kind of block than in another).
     """
 
     fixed: int
     layers: tuple[np.ndarray, ...]
 
-    def total(self, genes: Sequence[int]) -> int:
-        """The metric of the architecture with these genes."""
-        return self.fixed + sum(int(layer[gene]) for layer, gene in zip(self.layers, genes, strict=True))
+    def totals(self, genes: np.ndarray) -> np.ndarray:
+        """The metric of many architectures: integers ``[n, genes]`` to int64 ``[n]``."""
+        total, first = np.full(len(genes), self.fixed, dtype=np.int64), 0
+        for layer in self.layers:
+            total += layer[tuple(genes[:, first : first + layer.ndim].T)]
+            first += layer.ndim
+        return total
 
     @property
     def smallest(self) -> int:
@@ -57,15 +62,18 @@ class CostTable:
 
 
 class Space(ABC):
-    """A search space. Subclasses set ``name``, ``choices`` and ``cost_tables`` and build the networks.
+    """A search space. Subclasses set the attributes and build the networks.
 
     Attributes:
         name: what the space is called in architectures, configuration files and on the command line.
+        kinds: what the genes of a layer decide, in order: ``("block",)``, ``("width",)`` or ``("block", "width")``.
+            Every layer has one gene of each kind; its genes stand together, layer after layer.
         choices: for every gene the names of its candidates, in the order of their indices.
         cost_tables: ``{"macs": CostTable, "params": CostTable}``.
     """
 
     name: str
+    kinds: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...]
     cost_tables: dict[str, CostTable]
 
@@ -102,9 +110,9 @@ class Space(ABC):
                 raise InputError(f"genes: gene {position} is {gene}; it must be 0 to {len(candidates) - 1}")
         return Architecture(self.name, values)
 
-    def everywhere(self, choice: int) -> Architecture:
-        """The baseline of the paper with the same choice at every gene."""
-        return self.architecture([choice] * len(self.choices))
+    def everywhere(self, *choice: int) -> Architecture:
+        """The architecture whose layers all have the same genes, one of each of :attr:`kinds`."""
+        return self.architecture(choice * (len(self.choices) // len(self.kinds)))
 
     def cost(self, arch: Architecture) -> Cost:
         """Cost of one forward of one image, in closed form.
@@ -112,8 +120,12 @@ class Space(ABC):
         Raises:
             InputError: the architecture is not of this space.
         """
-        genes = self.architecture(arch).genes
-        return Cost(macs=self.cost_tables["macs"].total(genes), params=self.cost_tables["params"].total(genes))
+        genes = np.array([self.architecture(arch).genes])
+        return Cost(**{name: int(table.totals(genes)[0]) for name, table in self.cost_tables.items()})
+
+    @abstractmethod
+    def baselines(self) -> dict[str, Architecture]:
+        """The uniform networks that a search is compared with, by label."""
 
     @abstractmethod
     def supernet(self) -> Supernet:

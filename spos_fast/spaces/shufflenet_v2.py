@@ -1,9 +1,11 @@
-"""The ShuffleNetV2 block space of SPOS (arXiv 1904.00420, table 2), with every size as a parameter."""
+"""The ShuffleNetV2 space of SPOS (arXiv 1904.00420, table 2) for block search, channel search and both jointly."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,34 +19,50 @@ from spos_fast.supernet import Network, Supernet
 
 KERNEL_SIZES = (3, 5, 7)
 CHOICES = ("shuffle_k3", "shuffle_k5", "shuffle_k7", "xception")
+WIDEST = 2.0
+
+
+def scaled_channels(channels: int, ratio: float) -> int:
+    """``floor(channels * ratio)``, the rounding of the published list of widths (``int(...)``), in exact arithmetic.
+
+    The ratio stands for the fraction nearest to it with a denominator of at most 1,000: 0.6 and 3 * 0.2 (which is
+    greater by 1e-16) are both three fifths, so no product falls below the whole number that it should be.
+    """
+    return int(channels * Fraction(ratio).limit_denominator(1000))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Sizes of one choice block: ``input_size`` is the height and width that comes in."""
+    """Sizes of one choice block.
+
+    Attributes:
+        in_channels, out_channels, stride: as of the units.
+        mid_channels: at every ratio of the search.
+        input_size: height and width of what comes in.
+        candidates: which of :data:`CHOICES` it is chosen from.
+    """
 
     in_channels: int
     out_channels: int
-    mid_channels: int
+    mid_channels: tuple[int, ...]
     stride: int
     input_size: int
+    candidates: tuple[int, ...]
 
     @property
     def output_size(self) -> int:
         return -(-self.input_size // self.stride)
 
-    def module(self, choice: int, affine: bool) -> nn.Module:
+    def module(self, choice: int, mid: int, affine: bool) -> nn.Module:
         if choice < len(KERNEL_SIZES):
-            return ShuffleUnit(
-                self.in_channels, self.out_channels, self.mid_channels, KERNEL_SIZES[choice], self.stride, affine
-            )
-        return XceptionUnit(self.in_channels, self.out_channels, self.mid_channels, self.stride, affine)
+            return ShuffleUnit(self.in_channels, self.out_channels, mid, KERNEL_SIZES[choice], self.stride, affine)
+        return XceptionUnit(self.in_channels, self.out_channels, mid, self.stride, affine)
 
-    def convolutions(self, choice: int) -> list[tuple[int, int]]:
+    def convolutions(self, choice: int, mid: int) -> list[tuple[int, int]]:
         """(weights, output height) of every convolution; without bias, MACs are weights x output area."""
         splits = self.stride == 1 and self.in_channels == self.out_channels
         narrow = self.in_channels // 2 if splits else self.in_channels
-        mid, wide = self.mid_channels, self.out_channels - narrow
+        wide = self.out_channels - narrow
         size, out = self.input_size, self.output_size
         if choice < len(KERNEL_SIZES):
             kernel = KERNEL_SIZES[choice] ** 2
@@ -64,6 +82,11 @@ class ShuffleNetV2(Space):
     The defaults are the paper's network for 224 x 224 ImageNet. The first block of a stage widens the channels and
     applies the stage's stride; the others keep both.
 
+    With ``channels`` every layer has a second gene: the width of the block, as a ratio to its usual mid channels (half
+    of its output channels). The published ratios are 0.2 to 1.6 in steps of 0.2. With ``blocks`` too, only the widths
+    are searched. A layer's genes stand together: block, width, block, width, ... Weights of a block are stored once, at
+    the widest ratio; a narrower one uses the first channels.
+
     Args:
         input_size: height and width of the images, in pixels.
         num_classes: number of logits.
@@ -78,6 +101,10 @@ class ShuffleNetV2(Space):
         init: ``"published"`` for the published code's initial weights, or ``"pytorch"`` for PyTorch's. The published
             depthwise kernels start with a deviation of 1 whatever their size, which normalisation hides but which
             probably slows the large ones: in schedules of a few passes over CIFAR-10 PyTorch's were better by points.
+        channels: ratios that a block's mid channels are searched in, ascending, at most 2; None searches no widths.
+            :func:`scaled_channels` rounds.
+        blocks: the choice of every layer, by index, for a search of widths only: one a layer, or a single one for all
+            (``(0,)`` is the paper's: shuffle_k3 everywhere). None searches the blocks.
 
     Raises:
         InputError: sizes that give no network.
@@ -99,6 +126,8 @@ class ShuffleNetV2(Space):
         head_channels: int = 1024,
         dropout: float = 0.1,
         init: str = "published",
+        channels: Sequence[float] | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         self._config: dict[str, Any] = dict(
             input_size=input_size,
@@ -112,11 +141,16 @@ class ShuffleNetV2(Space):
             head_channels=head_channels,
             dropout=dropout,
             init=init,
+            channels=_ratios(channels) if channels is not None and len(channels) else None,
+            blocks=tuple(blocks) if blocks else None,
         )
         self._check_config()
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
+        self.ratios: tuple[float, ...] = self._config["channels"] or (1.0,)
         self._blocks = tuple(self._make_blocks())
-        self.choices = (CHOICES,) * len(self._blocks)
+        self.kinds = ("block",) * (not self._config["blocks"]) + ("width",) * bool(self._config["channels"])
+        names = {"block": CHOICES, "width": tuple(f"{ratio:g}x" for ratio in self.ratios)}
+        self.choices = tuple(names[kind] for _ in self._blocks for kind in self.kinds)
         self.cost_tables = self._make_cost_tables()
 
     def config(self) -> dict[str, Any]:
@@ -129,14 +163,17 @@ class ShuffleNetV2(Space):
     def supernet(self) -> Supernet:
         """A freshly initialised supernet, batch normalisation without scale and shift as published."""
         first_conv, conv_last, classifier = self._ends(affine=False)
-        features = [[block.module(choice, affine=False) for choice in range(len(CHOICES))] for block in self._blocks]
+        features = [
+            [block.module(choice, block.mid_channels[-1], affine=False) for choice in block.candidates]
+            for block in self._blocks
+        ]
         net = Supernet(
             first_conv,
             features,
             conv_last,
             classifier,
             self._config["dropout"],
-            check=self.architecture,
+            route=self._route,
             build=self.build,
         )
         if self._config["init"] == "published":
@@ -149,13 +186,35 @@ class ShuffleNetV2(Space):
         Raises:
             InputError: the architecture is not of this space.
         """
-        genes = self.architecture(arch).genes
+        route = self._route(arch)
         first_conv, conv_last, classifier = self._ends(affine=True)
-        features = [block.module(gene, affine=True) for block, gene in zip(self._blocks, genes, strict=True)]
+        features = [
+            block.module(block.candidates[choice], mid, affine=True)
+            for block, (choice, mid) in zip(self._blocks, route, strict=True)
+        ]
         net = Network(first_conv, features, conv_last, classifier, self._config["dropout"])
         if self._config["init"] == "published":
             _initialize_as_published(net)
         return net
+
+    def baselines(self) -> dict[str, Architecture]:
+        """Each choice block everywhere, at the ratio nearest to 1; or that ratio everywhere if only widths are
+        searched.
+        """
+        width = min(range(len(self.ratios)), key=lambda index: abs(self.ratios[index] - 1))
+        if "block" not in self.kinds:
+            return {f"all_{self.choices[0][width]}": self.everywhere(width)}
+        usual = (width,) if "width" in self.kinds else ()
+        return {f"all_{name}": self.everywhere(choice, *usual) for choice, name in enumerate(CHOICES)}
+
+    def _route(self, arch: Architecture) -> list[tuple[int, int]]:
+        """For every layer the index of its candidate block and its mid channels."""
+        genes, of_kind = self.architecture(arch).genes, {}
+        for position, kind in enumerate(self.kinds):
+            of_kind[kind] = genes[position :: len(self.kinds)]
+        fixed = (0,) * len(self._blocks)  # what is not searched has one candidate
+        chosen = zip(self._blocks, of_kind.get("block", fixed), of_kind.get("width", fixed), strict=True)
+        return [(choice, block.mid_channels[width]) for block, choice, width in chosen]
 
     def _ends(self, affine: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         stem, head, last = self._config["stem_channels"], self._config["head_channels"], self._blocks[-1].out_channels
@@ -172,11 +231,15 @@ class ShuffleNetV2(Space):
     def _make_blocks(self) -> Iterator[_Block]:
         config = self._config
         channels, size = config["stem_channels"], -(-self.input_size // config["stem_stride"])
+        fixed: list[tuple[int, ...]] = [(choice,) for choice in config["blocks"] or ()]
+        candidates = itertools.cycle(fixed or [tuple(range(len(CHOICES)))])
         for width, repeats, first_stride in zip(
             config["stage_channels"], config["stage_repeats"], config["stage_strides"], strict=True
         ):
             for repeat in range(repeats):
-                block = _Block(channels, width, width // 2, first_stride if repeat == 0 else 1, size)
+                mids = tuple(scaled_channels(width // 2, ratio) for ratio in self.ratios)
+                stride = first_stride if repeat == 0 else 1
+                block = _Block(channels, width, mids, stride, size, next(candidates))
                 yield block
                 channels, size = width, block.output_size
 
@@ -185,13 +248,15 @@ class ShuffleNetV2(Space):
         stem = (9 * self.in_channels * config["stem_channels"], self._blocks[0].input_size)
         head = (last.out_channels * config["head_channels"], last.output_size)
         classifier = (config["head_channels"] * self.num_classes, 1)
+        shape = [len(names) for names in self.choices[: len(self.kinds)]]
 
         def table(measure: Any) -> CostTable:
-            layers = tuple(
-                np.array([measure(block.convolutions(choice)) for choice in range(len(CHOICES))], dtype=np.int64)
-                for block in self._blocks
-            )
-            return CostTable(measure([stem, head, classifier]), layers)
+            layers = []
+            for block in self._blocks:
+                pairs = itertools.product(block.candidates, block.mid_channels)
+                costs = [measure(block.convolutions(choice, mid)) for choice, mid in pairs]
+                layers.append(np.array(costs, dtype=np.int64).reshape(shape))
+            return CostTable(measure([stem, head, classifier]), tuple(layers))
 
         return {
             "macs": table(lambda convolutions: sum(weights * size**2 for weights, size in convolutions)),
@@ -226,6 +291,36 @@ class ShuffleNetV2(Space):
         for stride in config["stage_strides"]:
             if stride not in (1, 2):
                 raise InputError(f"stage_strides: got {stride!r}; expected 1 or 2")
+        self._check_search()
+
+    def _check_search(self) -> None:
+        """Refuse widths and blocks that make no search."""
+        channels, blocks = self._config["channels"], self._config["blocks"]
+        narrowest = self._config["stage_channels"][0] // 2
+        before = 0.0
+        for ratio in channels or ():
+            if not before < ratio <= WIDEST:
+                raise InputError(f"channels: got {ratio!r} after {before:g}; expected rising ratios up to {WIDEST:g}")
+            before = ratio
+        if channels and scaled_channels(narrowest, channels[0]) < 1:
+            raise InputError(f"channels: {channels[0]:g} leaves none of the first stage's {narrowest} mid channels")
+        if blocks is None:
+            return
+        if channels is None:
+            raise InputError("blocks: with all of them fixed nothing is left to search; give channels too")
+        layers = sum(self._config["stage_repeats"])
+        if len(blocks) not in (1, layers):
+            raise InputError(f"blocks: got {len(blocks)}; expected one for each of the {layers} layers, or one for all")
+        for choice in blocks:
+            if not isinstance(choice, int) or not 0 <= choice < len(CHOICES):
+                raise InputError(f"blocks: got {choice!r}; expected 0 to {len(CHOICES) - 1} ({', '.join(CHOICES)})")
+
+
+def _ratios(channels: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, channels))
+    except (TypeError, ValueError):
+        raise InputError(f"channels: got {channels!r}; expected ratios such as 0.2, 0.4, 0.6") from None
 
 
 def _initialize_as_published(net: nn.Module) -> None:

@@ -64,7 +64,8 @@ def write_run(
     _json(folder / "config.json", {name: value for name, value in stored.items() if name in kept})
     if "train" in stages:
         _lines(folder / "supernet/metrics.jsonl", _metrics(rng, config.train.steps, rows, classes, level - 0.15, 0.05))
-    taste = rng.normal(size=(len(space.choices), 4)) + [0.0, 0.25, 0.35, 0.0]
+    taste = rng.normal(size=(len(space.choices), max(map(len, space.choices))))
+    taste[:, :4] += [0.0, 0.25, 0.35, 0.0][: taste.shape[1]]
 
     def accuracy(arch: Architecture) -> float:
         fit = float(np.mean([taste[layer, gene] for layer, gene in enumerate(arch.genes)])) * len(arch.genes) ** 0.5
@@ -96,7 +97,7 @@ def write_run(
         best = {"evolution": _row(space, found.best), "random_search": _row(space, rivals.best)}
         _json(folder / "search/best.json", best)
     if "retrain" in stages:
-        chosen |= {f"all_{name}": space.everywhere(choice) for choice, name in enumerate(space.choices[0])}
+        chosen |= space.baselines()
         chosen |= {f"random_{n}": space.sample(rng) for n in range(config.retrain.random_architectures)}
         chosen |= {label: space.sample(rng) for label in custom}
         for label, arch in chosen.items():
@@ -129,6 +130,14 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 7 layers. Tests that change a folder make their own."""
     return write_run(tmp_path_factory.mktemp("runs") / "full", custom=["genes_0-1-2-3-0-1-2"])
+
+
+@pytest.fixture(scope="session")
+def widths_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 7 layers that searched blocks and widths."""
+    settings = {**SMALL, "space": {**SMALL["space"], "channels": [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6]}}
+    settings["train"] = {**SMALL["train"], "widening_start": 0.3, "widening_end": 0.6}
+    return write_run(tmp_path_factory.mktemp("runs") / "widths", settings)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -281,9 +281,28 @@ def test_many_candidates_become_a_picture(make_run: MakeRun) -> None:
     assert len(text.encode()) < 2e6 and 'href="data:image/png' in text
 
 
-def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path) -> None:
+def test_blocks_and_widths_are_shown_layer_by_layer(widths_run: Path, make_run: MakeRun) -> None:
+    """Genes alternate between blocks and widths; taking one for the other would show a wrong architecture."""
+    data, text = read_run(widths_run), read(widths_run)
+    assert data.kinds == ("block", "width") and data.layers == 7
+    parsed = Page(text)
+    assert not parsed.open and "Which block where" in text and "Which width where" in text
+    best = json.loads((widths_run / "search/best.json").read_text())["evolution"]["genes"]
+    strips = [values.get("aria-label") for _, values in parsed.tags if (values.get("class") or "") == "strip roomy"]
+    strips = [label for label in strips if label is not None]
+    assert strips[0] == ", ".join(data.choices[0][gene] for gene in best[::2])
+    assert strips[1] == ", ".join(f"{0.2 * (gene + 1):.1f}x".replace(".0x", "x") for gene in best[1::2])
+    rows = {row.label: row.genes for row in comparison(data)}
+    assert rows["all_shuffle_k5"] == (1, 4) * 7  # ratio 1
+    only_widths = {"channels": [0.5, 1.0], "blocks": [3], "stage_channels": [32, 64], "stage_repeats": [2, 3]}
+    run = make_run({"space": {**only_widths, "stage_strides": [1, 2]}, "search": {"population": 60}}, rows=3)
+    text = read(run)
+    assert "Which width where" in text and "Which block where" not in text and "1x everywhere" in text
+
+
+def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path, widths_run: Path) -> None:
     """Whoever copies the commands gets every setting that the folder stores, and the same architectures retrained."""
-    for run in (full_run, paper_run):
+    for run in (full_run, paper_run, widths_run):
         data = read_run(run)
         given: dict[str, Any] = {}
         commands = [shlex.split(command) for command in again_commands(data)]
@@ -300,8 +319,7 @@ def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path) ->
                 elif name == "seed":
                     given["seed"] = int(text)
                 else:
-                    hint = type(getattr(getattr(data.config, section), key))
-                    kind = tuple[int, ...] if hint is tuple else hint
+                    kind = get_type_hints(SECTIONS[section])[key]
                     given = merged(given, {section: {key: parse_flag(name, text, kind)}})
         assert set(given) - {"seed"} <= set(SECTIONS)
         assert plain(config_from(given, "commands")) == json.loads((run / "config.json").read_text())

@@ -73,11 +73,10 @@ def test_pareto_front_against_its_definition() -> None:
 
 
 def test_choice_shares_count() -> None:
-    """Columns are layers, rows are choices; layers may differ in their number of choices."""
-    top = [scored(1, genes=(0, 1)), scored(1, genes=(0, 2)), scored(1, genes=(1, 2)), scored(1, genes=(0, 2))]
-    shares = choice_shares(top, [("a", "b"), ("a", "b", "c")])
+    """Columns are layers, rows are choices."""
+    shares = choice_shares([(0, 1), (0, 2), (1, 2), (0, 2)], layers=2, choices=3)
     np.testing.assert_allclose(shares, [[0.75, 0], [0.25, 0.25], [0, 0.75]])
-    assert not choice_shares([], [("a", "b")]).any()
+    assert not choice_shares([], layers=2, choices=2).any()
 
 
 def test_axes_are_not_stretched_by_failures() -> None:
@@ -92,6 +91,7 @@ def test_tags_of_choices_differ() -> None:
     """Cells carry a letter beside the colour, for those who do not tell the colours apart."""
     assert choice_tags(("shuffle_k3", "shuffle_k5", "shuffle_k7", "xception")) == ["3", "5", "7", "x"]
     assert choice_tags(("skip", "shuffle")) == ["0", "1"]
+    assert choice_tags(("0.2x", "1x", "1.25x")) == ["0.2", "1", "1.25"]
 
 
 def test_short_numbers() -> None:

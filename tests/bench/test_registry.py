@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import registry
-from bench.cases import supernet, units
+from bench.cases import blocks, supernet, units
 from bench.environment import ROOT
 from bench.registry import OURS, disagreement
 from spos_fast.spaces import ShuffleNetV2
@@ -44,6 +44,15 @@ def test_unit_peers_compute_what_our_units_do(choice, mode, before, channels, st
         assert disagreement(output, outputs[OURS]) < (1e-10 if mode == "train" else 1e-5), name
     if mode == "train":
         assert len(outputs[OURS]) == 2 + len(list(given.unit.parameters()))
+
+
+def test_peers_of_the_blocks_compute_what_they_do():
+    """Every contender of a building block gives the same."""
+    for case in blocks.cases("cpu"):
+        given = case.inputs(CPU)
+        outputs = {name: bind(given)() for name, bind in case.all_contenders(False).items()}
+        for name, output in outputs.items():
+            assert disagreement(output, outputs[OURS]) < 1e-5, (case.name, name)
 
 
 def test_supernet_peers_compute_what_our_supernet_does():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.block_samples import BLOCK_SAMPLES
+from tests.ops.sliced_samples import SLICED_SAMPLES
 from tests.ops.unit_samples import UNIT_SAMPLES
 
 Arguments = tuple[Any, ...]
@@ -31,6 +32,7 @@ def _bn_moments() -> list[Arguments]:
 SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "bn_moments": _bn_moments,
     **BLOCK_SAMPLES,
+    **SLICED_SAMPLES,
     **UNIT_SAMPLES,
 }
 

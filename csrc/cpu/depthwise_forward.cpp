@@ -1,0 +1,111 @@
+#include "csrc/cpu/depthwise_rows.h"
+#include "csrc/cpu/layers.h"
+#include "csrc/cpu/unit_passes.h"
+
+namespace spos::cpu {
+namespace {
+
+constexpr int64_t kRowsAhead = 4;  // how early the input is asked for
+
+template <typename T>
+class DepthwiseForward {
+    using A = typename Compute<T>::type;
+    using Task = BandTasks::Task;
+
+  public:
+    explicit DepthwiseForward(const Depthwise<T>& layer)
+        : l_(layer),
+          w_(layer.window),
+          out_width_(w_.out_width()),
+          tasks_(w_.samples, w_.out_height(), out_width_, w_.channels),
+          rows_at_once_(divide_up(kBlock / 2, out_width_)),
+          weights_(pack_depthwise<A>(layer.weight, w_.channels, w_.kernel, false)) {}
+
+    Moments run(const ParallelFor& parallel_for) {
+        Statistics statistics(tasks_.samples * tasks_.bands, w_.channels);
+        for (int64_t place = 0; place < statistics.places; ++place) {
+            const auto task = tasks_[place * tasks_.chunks];
+            statistics.counts[place] = (task.end - task.top) * out_width_;
+        }
+        parallel_for(tasks_.count, [&](int64_t begin, int64_t end) {
+            RowWindow<A> window(w_.height, w_.width, w_.kernel, BandTasks::kChunk / kPack);
+            const auto results = scratch<A>(rows_at_once_ * out_width_ * BandTasks::kChunk);
+            for (int64_t index = begin; index < end; ++index)
+                band(tasks_[index], tasks_[std::min(index + 1, end - 1)], window, results.get(), statistics);
+        });
+        return statistics.merged();
+    }
+
+  private:
+    int64_t pixel(const Task& task, int64_t row) const { return (task.sample * w_.height + row) * w_.width; }
+    int64_t out_pixel(const Task& task, int64_t row) const {
+        return (task.sample * w_.out_height() + row) * out_width_;
+    }
+
+    void band(const Task& task, const Task& next, RowWindow<A>& window, A* results, Statistics& statistics) const {
+        const int64_t packs = divide_up(task.width, kPack), pitch = packs * kPack, halo = w_.kernel / 2;
+        const int64_t limit = std::min(w_.height, (task.end - 1) * w_.stride + halo + 1);
+        int64_t done = 0, seen = std::max<int64_t>(0, task.top * w_.stride - halo);
+        window.start(0);
+        for (int64_t top = task.top; top < task.end; top += rows_at_once_) {
+            const int64_t rows = std::min(rows_at_once_, task.end - top);
+            for (int64_t y = top; y < top + rows; ++y) {
+                const int64_t centre = y * w_.stride, reach = std::min(w_.height, centre + halo + 1);
+                for (; seen < reach; ++seen) prefetch(task, next, seen + kRowsAhead, limit);
+                prefetch_rows<true>(l_.z + out_pixel(task, y) * l_.z_pitch + task.channel, l_.z_pitch * sizeof(T),
+                                    out_width_, task.width * sizeof(T));
+                if (l_.passing.x) l_.passing.copy(pixel(task, y), w_.width, task.channel, task.width);
+                window.cover(centre - halo, centre - halo + w_.kernel, packs, [&](int64_t row, int64_t pack, A* to) {
+                    const int64_t c = pack * kPack;
+                    l_.input.load(pixel(task, row), 1, w_.width, task.channel + c, std::min(kPack, task.width - c), to,
+                                  kPack);
+                });
+                for (int64_t pack = 0; pack < packs; ++pack)
+                    depthwise_row(window.rows(pack), window.first(), window.count(),
+                                  weights_.data() + (task.channel / kPack + pack) * w_.kernel * w_.kernel * kPack,
+                                  w_.kernel, out_width_, results + (y - top) * out_width_ * pitch + pack * kPack, pitch,
+                                  w_.stride);
+            }
+            store_with_moments(results, pitch, rows * out_width_, task.width,
+                               l_.z + out_pixel(task, top) * l_.z_pitch + task.channel, l_.z_pitch, done,
+                               statistics.mean(task.place) + task.channel, statistics.m2(task.place) + task.channel);
+            done += rows * out_width_;
+        }
+    }
+
+    // Asks for an input row of the task or, behind its last one, of the next task.
+    void prefetch(const Task& task, const Task& next, int64_t row, int64_t limit) const {
+        const int64_t next_top = std::max<int64_t>(0, next.top * w_.stride - w_.kernel / 2);
+        const Task& which = row < limit ? task : next;
+        if (row >= limit) row += next_top - limit;
+        if (row >= w_.height) return;
+        prefetch_rows<false>(l_.input.start + pixel(which, row) * l_.input.pitch + which.channel * l_.input.step,
+                             l_.input.pitch * sizeof(T), w_.width, which.width * l_.input.step * sizeof(T));
+    }
+
+    const Depthwise<T>& l_;
+    const Window& w_;
+    int64_t out_width_;
+    BandTasks tasks_;
+    int64_t rows_at_once_;
+    Lines<A> weights_;
+};
+
+}  // namespace
+
+bool works_in_place(const Window& window) {
+    // A band reads rows that belong to the next one.
+    return window.stride == 1 && BandTasks(window.samples, window.height, window.width, window.channels).bands == 1;
+}
+
+template <typename T>
+Moments depthwise_forward(const Depthwise<T>& layer, const ParallelFor& parallel_for) {
+    return DepthwiseForward<T>(layer).run(parallel_for);
+}
+
+template Moments depthwise_forward(const Depthwise<float>&, const ParallelFor&);
+template Moments depthwise_forward(const Depthwise<double>&, const ParallelFor&);
+template Moments depthwise_forward(const Depthwise<Half>&, const ParallelFor&);
+template Moments depthwise_forward(const Depthwise<BFloat16>&, const ParallelFor&);
+
+}  // namespace spos::cpu

@@ -1,0 +1,132 @@
+#include "csrc/cpu/layers.h"
+#include "csrc/cpu/matrix.h"
+#include "csrc/cpu/unit_passes.h"
+
+namespace spos::cpu {
+namespace {
+
+constexpr int64_t kStep = 28;  // pixels between two rounds of prefetching in a matrix product
+
+template <typename T>
+class PointwiseForward {
+    using A = typename Compute<T>::type;
+
+  public:
+    explicit PointwiseForward(const Pointwise<T>& layer)
+        : l_(layer),
+          folded_(layer.input.scale && !layer.input.relu),
+          // A block that will be written over before its last panel is read is copied first.
+          copied_(!std::is_same_v<T, A> || layer.input.relu || layer.input.start == layer.z) {}
+
+    Moments run(const ParallelFor& parallel_for) {
+        pack_weights();
+        const PixelTasks tasks(l_.pixels, kMostTasks);
+        Statistics statistics(tasks.count, l_.out);
+        parallel_for(tasks.count, [&](int64_t begin, int64_t end) {
+            const auto buffer = scratch<A>(copied_ ? kBlock * l_.in : 0);
+            const auto results = scratch<A>(kBlock * panel_packs() * kPack);
+            for (int64_t task = begin; task < end; ++task) {
+                for (int64_t pixel = tasks.begin(task); pixel < tasks.end(task); pixel += kBlock)
+                    block(pixel, std::min(kBlock, tasks.end(task) - pixel), pixel - tasks.begin(task), buffer.get(),
+                          results.get(), statistics.mean(task), statistics.m2(task));
+                statistics.counts[task] = tasks.end(task) - tasks.begin(task);
+            }
+        });
+        return statistics.merged();
+    }
+
+  private:
+    // Without a ReLU between, the input's scale goes into the weights and its shift into the sums' start.
+    void pack_weights() {
+        const T* weight = l_.weight;
+        start_.assign(std::max(whole_packs(l_.out), panel_packs() * kPack), A(0));
+        if (!folded_) {
+            packed_ = pack_transposed<A>(weight, l_.weight_pitch, l_.in, l_.out, static_cast<const A*>(nullptr));
+            return;
+        }
+        packed_ = pack_transposed<A>(weight, l_.weight_pitch, l_.in, l_.out, l_.input.scale);
+        for (int64_t j = 0; j < l_.out; ++j)
+            start_[j] = static_cast<A>(dot(weight + j * l_.weight_pitch, l_.input.shift, l_.in));
+    }
+
+    void block(int64_t pixel, int64_t pixels, int64_t done, A* buffer, A* results, double* mean, double* m2) const {
+        // Copying reads in one stream, which no matrix product does: the product finds x in the cache.
+        l_.passing.copy(pixel, pixels, 0, l_.in);
+        const A* input = buffer;
+        int64_t pixel_step = l_.in, channel_step = 1;
+        if constexpr (std::is_same_v<T, A>)
+            if (!copied_) {  // every other value of x is an odd channel: no need to gather them
+                input = l_.input.start + pixel * l_.input.pitch;
+                pixel_step = l_.input.pitch, channel_step = l_.input.step;
+            }
+        if (copied_) {
+            Input<T> from = l_.input;
+            if (folded_) from.scale = nullptr;
+            from.load(pixel, 1, pixels, 0, l_.in, buffer, l_.in);
+        }
+        // What the passing channels' copy reads arrives in one stream anyway.
+        const int64_t size = l_.passing.x ? 0 : (l_.in - 1) * l_.input.step * int64_t(sizeof(T)) + int64_t(sizeof(T));
+        const int64_t rounds = packed_.panels() * divide_up(pixels, kStep);
+        int64_t round = 0;
+        for (int64_t panel = 0; panel < packed_.panels(); ++panel) {
+            const int64_t packs = packed_.packs_of(panel), width = packs * kPack;
+            const int64_t first = panel * panel_packs() * kPack, used = std::min(width, l_.out - first);
+            T* to = l_.z + pixel * l_.z_pitch + first;
+            for (int64_t row = 0; row < pixels; row += kStep, ++round) {
+                const int64_t rows = std::min(kStep, pixels - row);
+                // The processor fetches what comes next while it multiplies.
+                prefetch_rows<true>(to + row * l_.z_pitch, l_.z_pitch * sizeof(T), rows, used * sizeof(T));
+                const int64_t soon = std::min(l_.pixels, pixel + pixels + kBlock * round / rounds);
+                const int64_t later = std::min(l_.pixels, pixel + pixels + kBlock * (round + 1) / rounds);
+                prefetch_rows<false>(l_.input.start + soon * l_.input.pitch, l_.input.pitch * sizeof(T), later - soon,
+                                     size);
+                multiply(Product<A>{input + row * pixel_step, pixel_step, channel_step, packed_.panel(panel), width,
+                                    rows, packs, l_.in, start_.data() + first, 0, results + row * width, width});
+            }
+            store_with_moments(results, width, pixels, used, to, l_.z_pitch, done, mean + first, m2 + first);
+        }
+    }
+
+    const Pointwise<T>& l_;
+    bool folded_, copied_;
+    Packed<A> packed_;
+    Lines<A> start_;
+};
+
+}  // namespace
+
+template <typename T>
+Moments pointwise_forward(const Pointwise<T>& layer, const ParallelFor& parallel_for) {
+    return PointwiseForward<T>(layer).run(parallel_for);
+}
+
+template <typename T>
+void activate(const Input<T>& z, int64_t pixels, int64_t channels, T* out, int64_t out_pitch, bool stream,
+              const ParallelFor& parallel_for) {
+    const PixelTasks tasks(pixels, kMostTasks);
+    parallel_for(tasks.count, [&](int64_t begin, int64_t end) {
+        for (int64_t pixel = tasks.begin(begin); pixel < tasks.end(end - 1); pixel += kBlock)
+            scale_and_shift(z.start + pixel * z.pitch, z.pitch, std::min(kBlock, pixels - pixel), channels, z.scale,
+                            z.shift, z.relu, out + pixel * out_pitch, out_pitch, stream);
+    });
+}
+
+template <typename T>
+void pass_on(const Passing<T>& passing, int64_t pixels, int64_t channels, const ParallelFor& parallel_for) {
+    const PixelTasks tasks(pixels, kMostTasks);
+    parallel_for(tasks.count, [&](int64_t begin, int64_t end) {
+        passing.copy(tasks.begin(begin), tasks.end(end - 1) - tasks.begin(begin), 0, channels);
+    });
+}
+
+#define SPOS_INSTANTIATE(T)                                                           \
+    template Moments pointwise_forward(const Pointwise<T>&, const ParallelFor&);      \
+    template void activate(const Input<T>&, int64_t, int64_t, T*, int64_t, bool, const ParallelFor&); \
+    template void pass_on(const Passing<T>&, int64_t, int64_t, const ParallelFor&);
+SPOS_INSTANTIATE(float)
+SPOS_INSTANTIATE(double)
+SPOS_INSTANTIATE(Half)
+SPOS_INSTANTIATE(BFloat16)
+#undef SPOS_INSTANTIATE
+
+}  // namespace spos::cpu

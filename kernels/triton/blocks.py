@@ -14,7 +14,7 @@ def pw_bnstats(
     channels_in: int, channels_out: int, width_in: Tensor | None, width_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """1x1 convolution of the normalised input: z, [N, channels_out, H, W], and mean and m2 of its channels."""
-    z = image(x, channels_out, *x.shape[2:], zeros=width_out is not None)
+    z = image(x, channels_out, *x.shape[2:])
     source = Input(matrix(x), scale, shift, relu, channels_in, width_in, first, step)
     found = pointwise.forward(source, weight.contiguous(), channels_out, width_out, matrix(z))
     return z, *merging.merge_moments(found, channels_out, width_out)
@@ -26,7 +26,7 @@ def dw_bnstats(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Depthwise convolution of the normalised input: z, [N, channels, ...], and mean and m2 of its channels."""
     shape = depthwise.shape_of(x.shape[2], x.shape[3], stride)
-    z = image(x, channels, shape.out_height, shape.out_width, zeros=width is not None)
+    z = image(x, channels, shape.out_height, shape.out_width)
     source = Input(matrix(x), scale, shift, relu, channels, width)
     found = depthwise.forward(source, shape, weight.contiguous(), stride, matrix(z))
     return z, *merging.merge_moments(found, channels, width)

@@ -53,7 +53,21 @@ def whole(first: Tensor, second: Tensor, count: int) -> Partial:
     return Partial(first, second, None, 0, 1, count, count)
 
 
-@triton.jit(do_not_specialize=["distance", "chunks", "rows", "count", "channels"])
+# Vectors begin wherever the layer in front ends; to know where is worth no compilation in launches as small as these.
+@triton.jit(
+    do_not_specialize=["distance", "chunks", "rows", "count", "channels"],
+    do_not_specialize_on_alignment=[
+        "means",
+        "squares",
+        "pivots",
+        "mean_out",
+        "second_out",
+        "scale_out",
+        "shift_out",
+        "gamma",
+        "beta",
+    ],
+)
 def moments_kernel(
     means, squares, pivots, mean_out, second_out, scale_out, shift_out, gamma, beta, width,
     distance, chunks, rows, count, channels,
@@ -123,7 +137,10 @@ def scale_shift_kernel(
     tl.store(shift_out + channel, shift, mask=mask)
 
 
-@triton.jit(do_not_specialize=["distance", "chunks", "count", "channels"])
+@triton.jit(
+    do_not_specialize=["distance", "chunks", "count", "channels"],
+    do_not_specialize_on_alignment=["sums", "products", "sum_out", "product_out", "mean", "var", "scale", "shift"],
+)
 def sums_kernel(
     sums, products, sum_out, product_out, mean, var, scale, shift, norm_out, width,
     distance, chunks, count, channels,

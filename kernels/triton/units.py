@@ -7,15 +7,16 @@ its weight's gradient. Depthwise passes are the CUDA kernels where they are buil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spos_fast.errors import InputError
 from spos_fast.kernels import concatenation, depthwise, merging, pointwise
 from spos_fast.kernels.matrix import Input, Output, image, matrix, wide
 from spos_fast.ops.dispatch import OPS
-from spos_fast.ops.unit_layers import Layer, Unit, make_unit, shuffle_chain, xception_chain
+from spos_fast.ops.unit_layers import Layer, Unit, check_vector, make_unit, shuffle_chain, xception_chain
 
 LAST = torch.channels_last
 
@@ -24,7 +25,8 @@ class Stage(NamedTuple):
     """A layer of a unit with all that its passes need.
 
     Attributes:
-        layer: the convolution; its weight is contiguous.
+        layer: the convolution.
+        weight: its weight, contiguous.
         position: among the unit's layers.
         shape: sides of the image that it reads and makes.
         read, made: int32 [] on the device where the layer reads or makes the unit's mid channels and a tensor says how
@@ -104,6 +106,8 @@ def xception_unit_infer(
 def _forward(
     unit: Unit, width: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_vector("gamma", gamma, unit)
+    check_vector("beta", beta, unit)
     mean, var, scale, shift = (unit.x.new_empty(unit.normalised, dtype=wide(unit.x)) for _ in range(4))
     means, variances, scales, shifts, gammas, betas = _cut(unit, mean, var, scale, shift, gamma, beta)
     saved = unit.x.new_empty(unit.saved_size if save else 0)
@@ -113,18 +117,19 @@ def _forward(
         """The chain's last convolution, with the batch norm that is still to be applied to it."""
         for stage in stages:
             at, channels = stage.position, stage.layer.made
-            z = kept[at] if kept is not None else y.data.new_empty(_pixels(unit, stage), channels)
-            if stage.layer.depthwise and _native("dw_bnstats", z):
+            if stage.layer.depthwise and _native("dw_bnstats", y.data):
                 made, *moments = OPS["dw_bnstats"].overload(
                     _image(y.data, unit, *stage.shape[:2]), stage.weight, y.scale, y.shift, y.relu,
                     stage.layer.stride, channels, stage.made,
                 )  # fmt: skip
-                z = matrix(made) if kept is None else z.copy_(matrix(made))
+                z = matrix(made) if kept is None else kept[at].copy_(matrix(made))
                 found = merging.whole(*moments, z.shape[0])
-            elif stage.layer.depthwise:
-                found = depthwise.forward(y, stage.shape, stage.weight, stage.layer.stride, z)
             else:
-                found = pointwise.forward(y, stage.weight, channels, stage.made, z)
+                z = y.data.new_empty(_pixels(unit, stage), channels) if kept is None else kept[at]
+                if stage.layer.depthwise:
+                    found = depthwise.forward(y, stage.shape, stage.weight, stage.layer.stride, z)
+                else:
+                    found = pointwise.forward(y, stage.weight, channels, stage.made, z)
             norm = (means[at], variances[at], scales[at], shifts[at], gammas[at], betas[at])
             merging.merge_into_norm(found, *norm, stage.made, eps)
             y = Input(z, scales[at], shifts[at], not stage.layer.depthwise, channels, stage.made)
@@ -212,6 +217,8 @@ def _gradients(
 
 
 def _infer(unit: Unit, width: Tensor | None, scale: Tensor | None, shift: Tensor) -> Tensor:
+    check_vector("scale", scale, unit)
+    check_vector("shift", shift, unit)
     scales, shifts = _cut(unit, scale, shift)
     out = image(unit.x, *unit.out_shape[1:])
     front, back = matrix(out)[:, : unit.beside], matrix(out)[:, unit.beside :]
@@ -272,14 +279,19 @@ def _pixels(unit: Unit, stage: Stage) -> int:
 
 def _kept(unit: Unit, saved: Tensor) -> list[Tensor]:
     """The convolutions' outputs, [pixels, channels], as views."""
+    if saved.numel() != unit.saved_size:
+        raise InputError(
+            f"saved must hold {unit.saved_size} values, which a forward pass with save=True leaves; got {saved.numel()}"
+        )
     shapes = [(n * height * width, channels) for n, channels, height, width in unit.saved_shapes]
     parts = saved.split([pixels * channels for pixels, channels in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _cut(unit: Unit, *vectors: Tensor | None) -> Iterator[Sequence[Tensor | None]]:
-    """Each vector's parts, one a layer."""
-    return ((None,) * len(unit.sizes) if vector is None else vector.split(unit.sizes) for vector in vectors)
+def _cut(unit: Unit, *vectors: Tensor | None) -> Iterator[Sequence[Any]]:
+    """Each vector's parts, one a layer; None for a vector that was not given."""
+    for vector in vectors:
+        yield [None] * len(unit.sizes) if vector is None else vector.contiguous().split(unit.sizes)
 
 
 def _image(rows: Tensor, unit: Unit, height: int, width: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from spos_fast.errors import InputError
 from spos_fast.kernels import units
 from spos_fast.ops.dispatch import OPS, Choice
 from tests.ops.interpreter import (
@@ -167,3 +168,15 @@ def test_layouts(triton_only: None) -> None:
         units.shuffle_unit_backward(grad, x, *wanted[1:], *rest),
         units.shuffle_unit_backward(grad.contiguous(), x.contiguous(), *wanted[1:], *turned),
     )
+
+
+def test_mistakes_of_the_raw_ops_users() -> None:
+    """Past the public functions too, nothing is read that is not there."""
+    x, *rest = given("shuffle_unit", AFFINE)
+    out, saved, mean, var = units.shuffle_unit(x, *rest, 1e-5, False)
+    with pytest.raises(InputError, match="save"):
+        units.shuffle_unit_backward(out, x, saved, mean, var, *rest)
+    with pytest.raises(InputError, match="gamma must be"):
+        units.shuffle_unit(x, *rest[:5], rest[5][1:], *rest[6:])
+    with pytest.raises(InputError, match="shift must be"):
+        units.shuffle_unit_infer(x, *rest[:5], None, rest[6][1:], *rest[7:])

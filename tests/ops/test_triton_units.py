@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -37,3 +40,41 @@ def test_launchers_take_the_schemas_arguments(module: str, name: str) -> None:
     for parameter, argument in zip(parameters, schema, strict=True):
         default = inspect.Parameter.empty if not argument.has_default_value() else argument.default_value
         assert parameter.default == default, parameter.name
+
+
+# The launchers as they run on a GPU, up to the launch itself.
+COMPILE_ONLY = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+driver.set_active(Driver())
+compiled, run = set(), JITFunction.run
+JITFunction.run = lambda self, *a, grid, warmup, **k: compiled.add(run(self, *a, grid=grid, warmup=True, **k).hash)
+
+from spos_fast.kernels import units
+from tests.ops.interpreted_units import given, Sizes
+counts = []
+for mid in (64, 40, 48):
+    for rows in (14, 9):
+        x, *rest = given("shuffle_unit", Sizes(2, 128, rows, rows, 64, mid, 64, 3), torch.float16)
+        out, *saved = units.shuffle_unit(x, *rest)
+        units.shuffle_unit_backward(out, x, *saved, *rest)
+        counts.append(len(compiled))
+assert counts[0] > 10 and len(set(counts)) == 1, counts
+"""
+
+
+@pytest.mark.timeout(600)
+def test_other_sizes_are_not_compiled_again() -> None:
+    """Units of other widths and images of other sizes run the same code; sizes are no part of it."""
+    environment = {**os.environ, "SPOS_FAST_BACKEND": "reference"}
+    environment.pop("TRITON_INTERPRET", None)
+    code = subprocess.run([sys.executable, "-c", COMPILE_ONLY], env=environment, capture_output=True, text=True)
+    assert code.returncode == 0, code.stderr

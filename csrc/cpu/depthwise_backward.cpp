@@ -46,8 +46,8 @@ class DepthwiseGradients {
 
     GradientSums run(const ParallelFor& parallel_for) {
         parallel_for(tasks_.count, [&](int64_t begin, int64_t end) {
-            RowWindow<A> window(w_.out_height(), w_.out_width(), w_.kernel, BandTasks::kChunk / kPack);
-            Lines<A> y((w_.width + kSlack) * kPack), result(w_.width * kPack), recent(BandTasks::kChunk * taps_);
+            RowWindow<A> window(w_.out_height(), w_.out_width(), w_.kernel, tasks_.chunk / kPack);
+            Lines<A> y((w_.width + kSlack) * kPack), result(w_.width * kPack), recent(tasks_.chunk * taps_);
             for (int64_t index = begin; index < end; ++index)
                 band(tasks_[index], window, y.data(), result.data(), recent);
         });

@@ -28,8 +28,8 @@ class DepthwiseForward {
             statistics.counts[place] = (task.end - task.top) * out_width_;
         }
         parallel_for(tasks_.count, [&](int64_t begin, int64_t end) {
-            RowWindow<A> window(w_.height, w_.width, w_.kernel, BandTasks::kChunk / kPack);
-            const auto results = scratch<A>(rows_at_once_ * out_width_ * BandTasks::kChunk);
+            RowWindow<A> window(w_.height, w_.width, w_.kernel, tasks_.chunk / kPack);
+            const auto results = scratch<A>(rows_at_once_ * out_width_ * tasks_.chunk);
             for (int64_t index = begin; index < end; ++index)
                 band(tasks_[index], tasks_[std::min(index + 1, end - 1)], window, results.get(), statistics);
         });

@@ -46,8 +46,8 @@ class DepthwiseGradients {
 
     GradientSums run(const ParallelFor& parallel_for) {
         parallel_for(tasks_.count, [&](int64_t begin, int64_t end) {
-            RowWindow<A> window(w_.out_height(), w_.out_width(), w_.kernel, BandTasks::kChunk / kPack);
-            Lines<A> y((w_.width + kSlack) * kPack), result(w_.width * kPack), recent(BandTasks::kChunk * taps_);
+            RowWindow<A> window(w_.out_height(), w_.out_width(), w_.kernel, tasks_.chunk / kPack);
+            Lines<A> y((w_.width + kSlack) * kPack), result(w_.width * kPack), recent(tasks_.chunk * taps_);
             for (int64_t index = begin; index < end; ++index)
                 band(tasks_[index], window, y.data(), result.data(), recent);
         });
@@ -97,7 +97,7 @@ class DepthwiseGradients {
     void band(const Task& task, RowWindow<A>& window, A* y, A* result, Lines<A>& recent) {
         const int64_t packs = divide_up(task.width, kPack), out_image = task.sample * w_.out_height() * w_.out_width();
         A* gradients = gradients_.data() + task.place * pitch_ * taps_ + task.channel * taps_;
-        window.start(0);
+        window.start();
         for (int64_t row = task.top; row < task.end; ++row) {
             const int64_t phase = row % w_.stride, top = row / w_.stride + phases_[phase].begin;
             window.cover(top, top + phases_[phase].count, packs, [&](int64_t at, int64_t pack, A* to) {

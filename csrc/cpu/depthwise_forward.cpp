@@ -28,8 +28,8 @@ class DepthwiseForward {
             statistics.counts[place] = (task.end - task.top) * out_width_;
         }
         parallel_for(tasks_.count, [&](int64_t begin, int64_t end) {
-            RowWindow<A> window(w_.height, w_.width, w_.kernel, BandTasks::kChunk / kPack);
-            const auto results = scratch<A>(rows_at_once_ * out_width_ * BandTasks::kChunk);
+            RowWindow<A> window(w_.height, w_.width, w_.kernel, tasks_.chunk / kPack);
+            const auto results = scratch<A>(rows_at_once_ * out_width_ * tasks_.chunk);
             for (int64_t index = begin; index < end; ++index)
                 band(tasks_[index], tasks_[std::min(index + 1, end - 1)], window, results.get(), statistics);
         });
@@ -46,7 +46,7 @@ class DepthwiseForward {
         const int64_t packs = divide_up(task.width, kPack), pitch = packs * kPack, halo = w_.kernel / 2;
         const int64_t limit = std::min(w_.height, (task.end - 1) * w_.stride + halo + 1);
         int64_t done = 0, seen = std::max<int64_t>(0, task.top * w_.stride - halo);
-        window.start(0);
+        window.start();
         for (int64_t top = task.top; top < task.end; top += rows_at_once_) {
             const int64_t rows = std::min(rows_at_once_, task.end - top);
             for (int64_t y = top; y < top + rows; ++y) {

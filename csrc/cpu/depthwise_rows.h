@@ -22,15 +22,11 @@ class RowWindow {
           values_(packs * kernel * length_, A(0)),
           rows_(kernel) {}
 
-    void start(int64_t top) { next_ = std::max<int64_t>(0, top - kernel_ / 2); }
+    void start() { next_ = 0; }
 
-    // Makes the rows that a kernel centred on row y needs and that are not there yet: make(row, pack, to) writes the
-    // pixels of one pack of channels, kPack values each. Left and right of them lie zeros.
-    template <typename Make>
-    void reach(int64_t y, int64_t packs, Make make) {
-        cover(y - kernel_ / 2, y - kernel_ / 2 + kernel_, packs, make);
-    }
-    // The same for the rows from `begin` to `end`, not more than the kernel has. `begin` never decreases.
+    // Makes the rows from `begin` to `end`, not more than the kernel has, that lie in the image and are not there yet:
+    // make(row, pack, to) writes the pixels of one pack of channels, kPack values each. Left and right of them lie
+    // zeros. `begin` never decreases between two starts.
     template <typename Make>
     void cover(int64_t begin, int64_t end, int64_t packs, Make make) {
         first_ = std::max<int64_t>(0, -begin);

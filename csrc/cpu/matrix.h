@@ -27,27 +27,7 @@ struct Packed {
     const A* panel(int64_t index) const { return values.data() + index * panel_packs() * kPack * depth; }
 };
 
-// element(k, j): row k < depth and column j < columns of B.
-template <typename A, typename Element>
-Packed<A> pack(int64_t depth, int64_t columns, Element element) {
-    Packed<A> packed;
-    packed.depth = depth;
-    packed.columns = columns;
-    packed.values.assign(packed.packs() * kPack * depth, A(0));
-    A* to = packed.values.data();
-    for (int64_t panel = 0; panel < packed.panels(); ++panel) {
-        const int64_t width = packed.packs_of(panel) * kPack, first = panel * panel_packs() * kPack;
-        const int64_t used = width < columns - first ? width : columns - first;
-        // In squares, so that neither way of storing B is read one cache line a value.
-        for (int64_t top = 0; top < depth; top += kPack)
-            for (int64_t j = 0; j < used; ++j)
-                for (int64_t k = top; k < top + kPack && k < depth; ++k) to[k * width + j] = element(k, first + j);
-        to += depth * width;
-    }
-    return packed;
-}
-
-// The same for rows [depth, columns] `pitch` apart.
+// Rows [depth, columns] `pitch` apart.
 template <typename A, typename T>
 Packed<A> pack_rows(const T* rows, int64_t pitch, int64_t depth, int64_t columns) {
     Packed<A> packed;
@@ -67,7 +47,7 @@ Packed<A> pack_rows(const T* rows, int64_t pitch, int64_t depth, int64_t columns
     return packed;
 }
 
-// The same for weights [columns, depth] `pitch` apart, times scale[k] unless that is null: square by square, so that
+// Weights [columns, depth] `pitch` apart, times scale[k] unless that is null: square by square, so that
 // neither side is walked one cache line a value.
 template <typename A, typename T>
 Packed<A> pack_transposed(const T* weights, int64_t pitch, int64_t depth, int64_t columns, const A* scale) {

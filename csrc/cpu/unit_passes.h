@@ -41,8 +41,9 @@ struct PixelTasks {
 
 // A sample's rows in bands, channels in chunks: tasks of a depthwise convolution.
 struct BandTasks {
-    static constexpr int64_t kChunk = 2 * kPack;  // channels of a task
-    int64_t samples, height, band, bands, channels, chunks, count;
+    int64_t samples, height, band, bands, channels;
+    int64_t chunk;  // channels of a task: the fewer pixels a row has, the more of each, or memory is read in crumbs
+    int64_t chunks, count;
 
     // Bands begin at multiples of `step` rows.
     BandTasks(int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t step = 1)
@@ -51,7 +52,10 @@ struct BandTasks {
           band(std::min(height, divide_up(divide_up(4096, width), step) * step)),
           bands(divide_up(height, band)),
           channels(channels),
-          chunks(divide_up(channels, kChunk)),
+          chunk(kPack * (width > 28   ? 2
+                         : width > 14 ? 4
+                                      : 8)),
+          chunks(divide_up(channels, chunk)),
           count(samples * bands * chunks) {}
     struct Task {
         int64_t place;             // which of samples * bands
@@ -60,8 +64,8 @@ struct BandTasks {
     };
     // Neighbouring tasks are neighbouring channels of the same rows: they share pages, and lines of the last chunk.
     Task operator[](int64_t index) const {
-        const int64_t place = index / chunks, channel = index % chunks * kChunk, top = place % bands * band;
-        return {place, place / bands, top, std::min(height, top + band), channel, std::min(kChunk, channels - channel)};
+        const int64_t place = index / chunks, channel = index % chunks * chunk, top = place % bands * band;
+        return {place, place / bands, top, std::min(height, top + band), channel, std::min(chunk, channels - channel)};
     }
 };
 

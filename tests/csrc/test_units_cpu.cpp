@@ -201,8 +201,7 @@ TEST(products_are_sums) {
             for (const int64_t depth : {1, 7, 32})
                 for (const bool transposed : {false, true}) {
                     const auto a = normal(rows * depth, 1), b = normal(depth * columns, 2);
-                    const auto packed =
-                        pack<float>(depth, columns, [&](int64_t k, int64_t j) { return b[k * columns + j]; });
+                    const auto packed = pack_rows<float>(b.data(), columns, depth, columns);
                     const int64_t pitch = packed.packs() * kPack;
                     std::vector<float> c(rows * pitch, 0.5f);
                     for (int64_t panel = 0; panel < packed.panels(); ++panel) {

@@ -209,6 +209,7 @@ pw_backward_op = define_op(
     "Tensor? width_in, Tensor? width_out) -> (Tensor x, Tensor weight, Tensor sum, Tensor product)",
     reference=pw_bnstats_backward_reference,
     fake=_fake_pw_backward,
+    triton="spos_fast.kernels.blocks:pw_bnstats_backward",
 )
 dw_backward_op = define_op(
     "dw_bnstats_backward(Tensor grad, Tensor z, Tensor norm, bool relu, Tensor x, Tensor weight, Tensor? scale, "
@@ -216,4 +217,5 @@ dw_backward_op = define_op(
     "-> (Tensor x, Tensor weight, Tensor sum, Tensor product)",
     reference=dw_bnstats_backward_reference,
     fake=_fake_dw_backward,
+    triton="spos_fast.kernels.blocks:dw_bnstats_backward",
 )

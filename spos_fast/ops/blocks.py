@@ -273,6 +273,7 @@ _pw_op = define_op(
     "-> (Tensor z, Tensor mean, Tensor m2)",
     reference=pw_bnstats_reference,
     fake=_fake_pw,
+    triton="spos_fast.kernels.blocks:pw_bnstats",
     autocast=(0, 1),
 )
 _dw_op = define_op(
@@ -280,6 +281,7 @@ _dw_op = define_op(
     "SymInt channels, Tensor? width) -> (Tensor z, Tensor mean, Tensor m2)",
     reference=dw_bnstats_reference,
     fake=_fake_dw,
+    triton="spos_fast.kernels.blocks:dw_bnstats",
     autocast=(0, 1),
 )
 

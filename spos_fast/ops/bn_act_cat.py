@@ -166,6 +166,7 @@ _op = define_op(
     "bool relu=True) -> Tensor",
     reference=bn_act_cat_reference,
     fake=_fake,
+    triton="spos_fast.kernels.blocks:bn_act_cat",
     autocast=(0, 3),
 )
 _backward_op = define_op(
@@ -173,6 +174,7 @@ _backward_op = define_op(
     "-> (Tensor sum, Tensor product)",
     reference=bn_act_cat_backward_reference,
     fake=_fake_backward,
+    triton="spos_fast.kernels.blocks:bn_act_cat_backward",
 )
 
 

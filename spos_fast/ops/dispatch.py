@@ -144,7 +144,7 @@ def _choose(name: str, device: str, triton: str | None) -> Choice:
     if problem is None:
         return Choice("native", note or "built")
     if device == "cuda" and backend == "auto" and _why_no_triton(device, triton) is None:
-        return Choice("triton", problem)
+        return Choice("triton", problem.removesuffix(f"; {native.REBUILD}"))
     return Choice("reference", f"{note}: {problem}" if note else problem, fallback=True)
 
 

@@ -321,6 +321,7 @@ def _define(name: str, chain: Chain) -> None:
         "-> (Tensor out, Tensor saved, Tensor mean, Tensor var)",
         reference=forward,
         fake=forward_fake,
+        triton=f"spos_fast.kernels.units:{name}",
         autocast=range(3 + count),
     )
     backward_op = define_op(
@@ -328,11 +329,13 @@ def _define(name: str, chain: Chain) -> None:
         f"Tensor? beta, {slice_of}, float eps=1e-05) -> (Tensor x, {made}, Tensor gamma, Tensor beta)",
         reference=backward,
         fake=backward_fake,
+        triton=f"spos_fast.kernels.units:{name}_backward",
     )
     _OPS[f"{name}_infer"] = define_op(
         f"{name}_infer(Tensor x, {given}, Tensor? scale, Tensor shift, {slice_of}) -> Tensor",
         reference=infer,
         fake=infer_fake,
+        triton=f"spos_fast.kernels.units:{name}_infer",
         autocast=range(3 + count),
     )
     infer_backward_op = define_op(

@@ -7,9 +7,9 @@ The modules stay what they are: parameters, buffers and state-dict names do not 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from spos_fast.ops.dispatch import OPS
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the ops stand in for
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PROJECTION = (_CONV, _NORM, _CONV, _NORM, _RELU)
 
 
@@ -64,103 +65,114 @@ def run(
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    branches = [(branch, plan.layers)] + ([(projection, _PROJECTION)] if projection is not None else [])
     if _has_any_global_hook() or any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
         return None
-    if not all(itertools.starmap(_plain, branches)):
+    layers = [*branch, *(projection or ())]
+    if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
-    norms = [layer for part, _ in branches for layer in part if type(layer) is _NORM]
-    if len({(norm.eps, norm.affine) for norm in norms}) > 1 or not all(_is_float(part) for part, _ in branches):
+    if any(map(_changed, (branch, *layers))) or (projection is not None and _changed(projection)):
+        return None
+    norms = [layer for layer in layers if type(layer) is _NORM]
+    weights = [layer.weight for layer in layers if type(layer) is _CONV]
+    if len({(norm.eps, norm.affine) for norm in norms}) > 1 or not all(w.dtype == torch.float32 for w in weights):
         return None
     on_batch = [_on_batch_statistics(norm) for norm in norms]
+    block = _Block(plan, norms, weights, stride, mid)
     if all(on_batch) and _has_kernel(plan.op, x):
-        return _train(plan, x, branch, projection, norms, stride, mid)
-    if not any(on_batch) and not _wants_gradients(x, branch, projection) and _has_kernel(f"{plan.op}_infer", x):
-        return _infer(plan, x, branch, projection, norms, stride, mid)
+        return _train(block, x)
+    if not any(on_batch) and not _wants_gradients(x, block) and _has_kernel(f"{plan.op}_infer", x):
+        return _infer(block, x)
     return None
 
 
-def _train(
-    plan: Plan,
-    x: Tensor,
-    branch: nn.Sequential,
-    projection: nn.Sequential | None,
-    norms: list[nn.BatchNorm2d],
-    stride: int,
-    mid: int | None,
-) -> Tensor:
-    widths = _widths(plan, norms, mid)
-    gamma = _joined(norms, widths, lambda norm: norm.weight) if norms[0].affine else None
-    beta = _joined(norms, widths, lambda norm: norm.bias) if norms[0].affine else None
-    given: dict[str, Any] = dict(
-        projection=projection and _weights(projection), mid=mid, stride=stride, eps=norms[0].eps
-    )
-    made = getattr(ops, plan.op)(x, *(_weights(branch) or ()), gamma, beta, **given)
-    height, width = made.out.shape[2:]
-    # Only a shuffle unit's first layer runs in front of the stride.
-    before = plan is SHUFFLE
-    means, variances = made.mean.split(widths), made.var.split(widths)
-    for position, (norm, mean, var) in enumerate(zip(norms, means, variances, strict=True)):
-        pixels = x.shape[2] * x.shape[3] if before and position == 0 else height * width
-        move_statistics(norm, mean, var, x.shape[0] * pixels)
+class _Block(NamedTuple):
+    """A block's layers: main branch, then projection."""
+
+    plan: Plan
+    norms: list[nn.BatchNorm2d]
+    weights: list[Tensor]
+    stride: int
+    mid: int | None
+
+    @property
+    def main(self) -> list[Tensor]:
+        """The main branch's weights, one for each of its normalisation layers."""
+        return self.weights[: len(self.plan.sliced)]
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of both ops that have names."""
+        beside = self.weights[len(self.plan.sliced) :]
+        return dict(projection=tuple(beside) if beside else None, mid=self.mid, stride=self.stride)
+
+    def widths(self) -> list[int]:
+        """Channels that are used of every normalisation layer."""
+        sliced = itertools.chain(self.plan.sliced, itertools.repeat(False))
+        return [
+            self.mid if self.mid is not None and inner else norm.num_features
+            for norm, inner in zip(self.norms, sliced, strict=False)
+        ]
+
+
+def _train(block: _Block, x: Tensor) -> Tensor:
+    widths, norms = block.widths(), block.norms
+    gamma = _joined([norm.weight for norm in norms], widths) if norms[0].affine else None
+    beta = _joined([norm.bias for norm in norms], widths) if norms[0].affine else None
+    made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, eps=norms[0].eps, **block.keywords())
+    counts = [made.out.shape[0] * made.out.shape[2] * made.out.shape[3]] * len(norms)
+    if block.plan is SHUFFLE:  # its first layer runs in front of the stride
+        counts[0] = x.shape[0] * x.shape[2] * x.shape[3]
+    move_statistics(norms, made.mean.split(widths), made.var.split(widths), counts)
     return cast(Tensor, made.out)
 
 
-def _infer(
-    plan: Plan,
-    x: Tensor,
-    branch: nn.Sequential,
-    projection: nn.Sequential | None,
-    norms: list[nn.BatchNorm2d],
-    stride: int,
-    mid: int | None,
-) -> Tensor:
-    widths = _widths(plan, norms, mid)
-    scale = (_joined(norms, widths, lambda norm: norm.running_var) + norms[0].eps).rsqrt()
+def _infer(block: _Block, x: Tensor) -> Tensor:
+    widths, norms = block.widths(), block.norms
+    scale = (_joined([norm.running_var for norm in norms], widths) + norms[0].eps).rsqrt()
     if norms[0].affine:
-        scale = scale * _joined(norms, widths, lambda norm: norm.weight)
-    shift = -_joined(norms, widths, lambda norm: norm.running_mean) * scale
+        scale = scale * _joined([norm.weight for norm in norms], widths)
+    shift = -_joined([norm.running_mean for norm in norms], widths) * scale
     if norms[0].affine:
-        shift = shift + _joined(norms, widths, lambda norm: norm.bias)
-    given: dict[str, Any] = dict(projection=_weights(projection), mid=mid, stride=stride)
-    return cast(Tensor, getattr(ops, f"{plan.op}_infer")(x, *(_weights(branch) or ()), scale, shift, **given))
+        shift = shift + _joined([norm.bias for norm in norms], widths)
+    return cast(Tensor, getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, **block.keywords()))
 
 
 @torch.no_grad()
-def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move a layer's running statistics as its own forward does.
+def move_statistics(
+    norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
+) -> None:
+    """Move layers' running statistics as their own forwards do.
 
     Args:
-        norm: the layer.
-        mean, var: of the batch, of the first channels or of all; the variance divided by ``count``.
-        count: values a channel.
+        norms: the layers.
+        means, variances: of the batch, one a layer, of its first channels or of all; variances divided by the count.
+        counts: values a channel.
     """
-    if not norm.training or not norm.track_running_stats:
-        return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    share = norm.momentum
-    if share is None:  # the average of all batches
-        share = 1 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
-    for running, value in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-        if running is not None:
-            running[: len(value)].mul_(1 - share).add_(value, alpha=share)
+    counters = [norm.num_batches_tracked for norm in norms if norm.training]
+    tracked = [counter for counter in counters if counter is not None]
+    if tracked:
+        torch._foreach_add_(tracked, 1)
+    running: list[Tensor] = []
+    values: list[Tensor] = []
+    kept: list[float] = []
+    taken: list[float] = []
+    for norm, mean, var, count in zip(norms, means, variances, counts, strict=True):
+        if not norm.training or norm.running_mean is None or norm.running_var is None:
+            continue
+        share = norm.momentum
+        if share is None:  # the average of all batches
+            share = 1 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
+        whole = len(mean) == norm.num_features
+        running += [value if whole else value[: len(mean)] for value in (norm.running_mean, norm.running_var)]
+        values += [mean, var]
+        kept += [1 - share] * 2
+        taken += [share, share * count / (count - 1)]
+    if running:
+        torch._foreach_mul_(running, kept)
+        torch._foreach_add_(running, torch._foreach_mul(values, taken))
 
 
-def _widths(plan: Plan, norms: Sequence[nn.BatchNorm2d], mid: int | None) -> list[int]:
-    """Channels that are used of every normalisation layer."""
-    sliced = itertools.chain(plan.sliced, itertools.repeat(False))
-    return [mid if mid is not None and inner else norm.num_features for norm, inner in zip(norms, sliced, strict=False)]
-
-
-def _joined(norms: Sequence[nn.BatchNorm2d], widths: Sequence[int], of: Callable[[Any], Tensor]) -> Tensor:
-    return torch.cat([of(norm)[:width] for norm, width in zip(norms, widths, strict=True)])
-
-
-def _weights(branch: nn.Sequential | None) -> tuple[Tensor, ...] | None:
-    if branch is None:
-        return None
-    return tuple(layer.weight for layer in branch if isinstance(layer, _CONV))
+def _joined(vectors: Sequence[Any], widths: Sequence[int]) -> Tensor:
+    return torch.cat([vector[:width] for vector, width in zip(vectors, widths, strict=True)])
 
 
 def _fits(x: Tensor) -> bool:
@@ -175,29 +187,18 @@ def _has_kernel(op: str, x: Tensor) -> bool:
     return choice is not None and choice.kernel != "reference"
 
 
-def _wants_gradients(x: Tensor, *branches: nn.Sequential | None) -> bool:
+def _wants_gradients(x: Tensor, block: _Block) -> bool:
     if not torch.is_grad_enabled():
         return False
-    parameters: Iterator[Tensor] = itertools.chain.from_iterable(b.parameters() for b in branches if b is not None)
-    return x.requires_grad or any(parameter.requires_grad for parameter in parameters)
-
-
-def _is_float(branch: nn.Sequential) -> bool:
-    return all(parameter.dtype == torch.float32 for parameter in branch.parameters())
+    affine = [value for norm in block.norms if norm.affine for value in (norm.weight, norm.bias)]
+    return any(value.requires_grad for value in (x, *block.weights, *affine))
 
 
 def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _plain(branch: nn.Sequential, layers: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the branch holds these layers and nobody hooked into them, or gave them forwards of their own."""
-    found = list(branch)
-    if len(found) != len(layers) or any(type(a) is not b for a, b in zip(found, layers, strict=True)):
-        return False
-    return not any(map(_changed, (branch, *found)))
-
-
 def _changed(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    """Whether somebody hooked into a module, or gave it a forward of its own."""
+    own = vars(module)
+    return "forward" in own or any(own[hooks] for hooks in _HOOKS)

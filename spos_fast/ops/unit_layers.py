@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from spos_fast.ops.batchnorm import DTYPES
 Projection = tuple[Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A convolution and batch normalisation.
 
     Attributes:
@@ -55,8 +54,7 @@ class Layer:
         return self.made if self.depthwise else 1
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """A unit's input and its layers.
 
     Attributes:
@@ -187,22 +185,21 @@ def make_unit(
             Layer("proj_pw", proj_pw, channels, channels, False),
         )
     unit = Unit(x, chain(weights, channels, mid, stride), beside, stride)
-    _check_weights(unit, weights, mid, channels)
+    _check_weights(unit, mid, channels)
     return unit
 
 
-def _check_weights(unit: Unit, weights: Sequence[Tensor], mid: int, channels: int) -> None:
+def _check_weights(unit: Unit, mid: int, channels: int) -> None:
+    last = unit.main[-1]
     stored = next(layer for layer in unit.main if not layer.depthwise).weight.shape[0]
-    whole = replace(unit, main=_stored(unit.main, stored, channels))
-    for layer, named in zip(unit.layers, whole.layers, strict=True):
-        k = layer.weight.shape[2]
-        wanted = [named.made, 1, k, k] if layer.depthwise else [named.made, named.read, 1, 1]
-        if list(layer.weight.shape) != wanted:
-            raise InputError(
-                f"{layer.name} must be {wanted} to fit the other arguments, got {list(layer.weight.shape)}"
-            )
-        if layer.depthwise and k % 2 == 0:
-            raise InputError(f"{layer.name} must have an odd kernel size, got {k}")
+    out = last.weight.shape[0]
+    read = channels
+    for layer in unit.main:
+        made = read if layer.depthwise else out if layer is last else stored
+        _check_weight(layer, made, read)
+        read = made
+    for layer in unit.projection:
+        _check_weight(layer, channels, channels)
     if not 1 <= mid <= stored:
         raise InputError(f"mid must be from 1 to {stored}, the channels that are stored, got {mid}")
     n, _, height, width = unit.out_shape
@@ -210,15 +207,15 @@ def _check_weights(unit: Unit, weights: Sequence[Tensor], mid: int, channels: in
         raise InputError(f"x must give at least two pixels, which a variance needs, got shape {list(unit.x.shape)}")
 
 
-def _stored(main: tuple[Layer, ...], stored: int, channels: int) -> tuple[Layer, ...]:
-    """The layers of the unit's widest slice."""
-    last, out = main[-1], main[-1].weight.shape[0]
-    widest, read = [], channels
-    for layer in main:
-        made = read if layer.depthwise else out if layer is last else stored
-        widest.append(replace(layer, made=made, read=read))
-        read = made
-    return tuple(widest)
+def _check_weight(layer: Layer, made: int, read: int) -> None:
+    """Refuse a weight that is not stored for ``read`` channels in and ``made`` channels out."""
+    shape = layer.weight.shape
+    k = shape[2] if layer.depthwise else 1
+    if shape != (made, 1 if layer.depthwise else read, k, k):
+        wanted = [made, 1, k, k] if layer.depthwise else [made, read, 1, 1]
+        raise InputError(f"{layer.name} must be {wanted} to fit the other arguments, got {list(shape)}")
+    if k % 2 == 0:
+        raise InputError(f"{layer.name} must have an odd kernel size, got {k}")
 
 
 def check_vector(name: str, value: Tensor | None, unit: Unit) -> None:

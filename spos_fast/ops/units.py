@@ -17,11 +17,13 @@ from torch import Tensor
 
 from spos_fast.errors import InputError
 from spos_fast.ops import unit_reference
+from spos_fast.ops.channels import in_autocast_dtype
 from spos_fast.ops.dispatch import LIBRARY, define_op
 from spos_fast.ops.layout import channels_last
 from spos_fast.ops.unit_layers import (
     NAMES,
     Chain,
+    Projection,
     Unit,
     check_vector,
     make_unit,
@@ -191,8 +193,7 @@ def _train(
     stride: int,
     eps: float,
 ) -> UnitOutput:
-    x, mid, width = _prepared(name, x, weights, mid)
-    beside = projection or (None, None)
+    x, weights, beside, mid, width = _prepared(name, x, weights, projection, mid)
     unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
     check_vector("gamma", gamma, unit)
     check_vector("beta", beta, unit)
@@ -212,8 +213,7 @@ def _infer(
     mid: Slice,
     stride: int,
 ) -> Tensor:
-    x, mid, width = _prepared(name, x, weights, mid)
-    beside = projection or (None, None)
+    x, weights, beside, mid, width = _prepared(name, x, weights, projection, mid)
     unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
     check_vector("scale", scale, unit)
     check_vector("shift", shift, unit)
@@ -221,8 +221,10 @@ def _infer(
     return out
 
 
-def _prepared(name: str, x: Tensor, weights: Sequence[Tensor], mid: Slice) -> tuple[Tensor, int, Tensor | None]:
-    """The input as the kernels read it, the stored or chosen number of mid channels, and the width on the device."""
+def _prepared(
+    name: str, x: Tensor, weights: Sequence[Tensor], projection: tuple[Tensor, Tensor] | None, mid: Slice
+) -> tuple[Tensor, Sequence[Tensor], Projection, int, Tensor | None]:
+    """The input as the kernels read it; weights, projection; the number of mid channels, and the device's width."""
     for argument, value in zip(("x", *NAMES[_CHAINS[name]]), (x, *weights), strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
@@ -237,7 +239,11 @@ def _prepared(name: str, x: Tensor, weights: Sequence[Tensor], mid: Slice) -> tu
         mid, width = None, mid
     elif mid is not None and (not isinstance(mid, (int, torch.SymInt)) or isinstance(mid, bool)):
         raise TypeError(f"mid must be an int or an int32 tensor, got {type(mid).__name__}")
-    return channels_last(x, name), stored if mid is None else mid, width
+    beside: Projection = projection or (None, None)
+    if torch.is_autocast_enabled(x.device.type):
+        cast = [in_autocast_dtype(x, value)[1] for value in (*weights, *beside)]
+        x, weights, beside = in_autocast_dtype(x, None)[0], cast[:-2], (cast[-2], cast[-1])  # type: ignore[assignment]
+    return channels_last(x, name), weights, beside, stored if mid is None else mid, width
 
 
 _CHAINS: dict[str, Chain] = {

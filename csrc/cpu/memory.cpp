@@ -1,6 +1,7 @@
 #include "csrc/cpu/memory.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -58,14 +59,19 @@ void* take_memory(int64_t bytes) {
 }
 
 void give_back_memory(void* memory, int64_t bytes) {
-    if (bytes >= kLargeBlock) {
-        const int64_t size = rounded(bytes, kLargeBlock);
+    const int64_t size = rounded(bytes, kLargeBlock);
+    if (bytes >= kLargeBlock && size <= kMostKept) {
         const std::lock_guard<std::mutex> lock(kept().mutex);
-        if (kept().bytes + size <= kMostKept) {
-            kept().blocks.emplace(size, memory);
-            kept().bytes += size;
-            return;
+        // Sizes that nobody asks for any more make room, the largest first.
+        while (kept().bytes + size > kMostKept && !kept().blocks.empty()) {
+            const auto largest = std::prev(kept().blocks.end());
+            std::free(largest->second);
+            kept().bytes -= largest->first;
+            kept().blocks.erase(largest);
         }
+        kept().blocks.emplace(size, memory);
+        kept().bytes += size;
+        return;
     }
     std::free(memory);
 }

@@ -115,6 +115,20 @@ def test_floor_is_the_greater_of_bytes_and_flops():
     assert measure.floor_seconds(0, 10**11, "uint8", ROOF) == (0.0, "")
 
 
+def test_roofs_rise_to_what_was_reached():
+    """A contender faster than the product that was timed is the roof, and all shares are counted anew."""
+
+    def case(flops, ours, peer):
+        spread = {"ours": {"median": ours}, "peer": {"median": peer}}
+        return {"bytes": 0, "flops": flops, "dtype": "float32", "seconds": spread, "ours": "ours", "rates": {}}
+
+    roofs = {"copy_bytes_per_second": 1e9, "matrix_flops_per_second": {"float32": 1e9}}
+    record = {"roofs": roofs, "cases": [case(4e9, 4.0, 2.0), case(1e9, 1.0, 1.0)]}
+    run.raise_roofs(record)
+    assert roofs["matrix_flops_per_second"]["float32"] == 2e9
+    assert [(c["floor_seconds"], c["rates"]["percent_of_roof"]) for c in record["cases"]] == [(2.0, 50.0), (0.5, 50.0)]
+
+
 def test_roofs_are_of_this_machine():
     """More than a floppy disk, less than a data centre."""
     roof = measure.roofs(CPU)

@@ -120,7 +120,8 @@ class Supernet(nn.Module):
             InputError: the architecture is not of this supernet's space.
         """
         route = self._route(arch)
-        plain = self._build(arch)
+        reference = next(self.parameters())
+        plain = self._build(arch).to(device=reference.device, dtype=reference.dtype)
         state = plain.state_dict()
         for name, value in state.items():
             if name.startswith("features."):
@@ -130,8 +131,6 @@ class Supernet(nn.Module):
                 source = name
             state[name] = _own_tensor(self, source, value)
         plain.load_state_dict(state)
-        reference = next(self.parameters())
-        plain.to(device=reference.device, dtype=reference.dtype)
         if reference.dim() == 4 and not reference.is_contiguous():
             plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return plain.train(self.training)

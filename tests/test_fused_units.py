@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,43 @@ def test_who_looks_inside_gets_the_modules(calls: list[str]) -> None:
     assert not calls
     made(images(0))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (3, {"padding_mode": "reflect"}),
+        (3, {"padding": (4, 4), "dilation": (2, 2)}),
+        (0, {"bias": nn.Parameter(torch.ones(10))}),
+    ],
+)
+def test_changed_convolutions_run_as_they_are(calls: list[str], place: int, change: dict[str, Any]) -> None:
+    """What was changed in a layer counts, in training and in evaluation."""
+    made = unit()
+    for name, value in change.items():
+        setattr(made.branch_main[place], name, value)
+    made.branch_main[place]._reversed_padding_repeated_twice = [2, 2, 2, 2]
+    for training in (True, False):
+        made.train(training)
+        with torch.no_grad():
+            torch.testing.assert_close(made(images(0)), plainly(made, images(0)))
+    assert not calls
+
+
+def test_mid_is_an_integer() -> None:
+    """Numpy's integers are welcome; floats and tensors are refused in one line."""
+    made = unit()
+    torch.testing.assert_close(made(images(0), np.int64(4)), made(images(0), 4))
+    for wrong in (4.0, torch.tensor(4, dtype=torch.int32)):
+        with pytest.raises(TypeError, match="mid must be an int, got"):
+            made(images(0), wrong)
+
+
+def test_device_and_dtype() -> None:
+    """As torch.nn's layers take them."""
+    for made in (ShuffleUnit(8, 8, 4, 3, dtype=torch.float64), XceptionUnit(8, 20, 4, stride=2, dtype=torch.float64)):
+        assert {parameter.dtype for parameter in made.parameters()} == {torch.float64}
+    assert ShuffleUnit(8, 8, 4, 3, device="meta").branch_main[0].weight.is_meta
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -66,9 +66,10 @@ inline Tensor channels_last(const Tensor& x) {
     return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
+// Not a view of another tensor: autograd lets nobody write into views that an op returns.
 inline Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-    const Tensor pixels = torch::stable::new_empty(like, {n, h, w, c});
-    return torch::stable::transpose(torch::stable::transpose(pixels, 1, 3), 2, 3);
+    return torch::stable::empty({n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // Of `stored` channels, how many a kernel on the CPU uses: all, or what the optional int32 tensor says.

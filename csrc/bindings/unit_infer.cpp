@@ -85,20 +85,10 @@ bool splits(const MaybeTensor& proj_dw, const MaybeTensor& proj_pw) {
     return !proj_dw.has_value();
 }
 
-// How many of `mid` channels are computed.
-int64_t used_channels(int64_t mid, const MaybeTensor& width) {
-    STD_TORCH_CHECK(mid >= 1, "mid must be at least 1, got ", mid);
-    if (!width) return mid;
-    STD_TORCH_CHECK(width->scalar_type() == ScalarType::Int && width->numel() == 1, "width must be one int32");
-    const int64_t used = *static_cast<const int32_t*>(width->const_data_ptr());
-    STD_TORCH_CHECK(used >= 0 && used <= mid, "width must be from 0 to mid, ", mid, ", got ", used);
-    return used;
-}
-
 Tensor shuffle_unit_infer_cpu(const Tensor& x, const Tensor& pw1, const Tensor& dw, const Tensor& pw2,
                               const MaybeTensor& proj_dw, const MaybeTensor& proj_pw, const MaybeTensor& scale,
                               const Tensor& shift, int64_t mid, const MaybeTensor& width, int64_t stride) {
-    const int64_t used = used_channels(mid, width);
+    const int64_t used = used_channels(width, mid);
     Arguments arguments(x, stride, splits(proj_dw, proj_pw));
     arguments.begin_branch();
     arguments.pointwise(pw1, "pw1", arguments.branch_channels(), mid, used);
@@ -112,7 +102,7 @@ Tensor xception_unit_infer_cpu(const Tensor& x, const Tensor& dw1, const Tensor&
                                const Tensor& pw2, const Tensor& dw3, const Tensor& pw3, const MaybeTensor& proj_dw,
                                const MaybeTensor& proj_pw, const MaybeTensor& scale, const Tensor& shift, int64_t mid,
                                const MaybeTensor& width, int64_t stride) {
-    const int64_t used = used_channels(mid, width);
+    const int64_t used = used_channels(width, mid);
     Arguments arguments(x, stride, splits(proj_dw, proj_pw));
     const int64_t in = arguments.branch_channels();
     arguments.begin_branch();

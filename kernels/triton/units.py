@@ -47,7 +47,7 @@ def shuffle_unit(
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """ShuffleNetV2 unit in training: out, saved, mean, var; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride)
+    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=True)
     return _forward(unit, width, gamma, beta, eps, save)
 
 
@@ -58,7 +58,7 @@ def xception_unit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Xception unit in training: out, saved, mean, var; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=True)
     return _forward(unit, width, gamma, beta, eps, save)
 
 
@@ -68,7 +68,7 @@ def shuffle_unit_backward(
     width: Tensor | None, stride: int = 1, eps: float = 1e-5,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, the weights, gamma and beta; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride)
+    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=True)
     return _backward(unit, width, _last(grad), saved, mean, var, gamma, beta, eps)
 
 
@@ -79,7 +79,7 @@ def xception_unit_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, the weights, gamma and beta; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=True)
     return _backward(unit, width, _last(grad), saved, mean, var, gamma, beta, eps)
 
 
@@ -88,7 +88,7 @@ def shuffle_unit_infer(
     scale: Tensor | None, shift: Tensor, mid: int, width: Tensor | None, stride: int = 1,
 ) -> Tensor:  # fmt: skip
     """ShuffleNetV2 unit with a scale and a shift in place of every batch norm; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride)
+    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=False)
     return _infer(unit, width, scale, shift)
 
 
@@ -99,7 +99,7 @@ def xception_unit_infer(
 ) -> Tensor:  # fmt: skip
     """Xception unit with a scale and a shift in place of every batch norm; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=False)
     return _infer(unit, width, scale, shift)
 
 

@@ -7,7 +7,7 @@ The modules stay what they are: parameters, buffers and state-dict names do not 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +39,16 @@ class Plan:
     layers: tuple[type[nn.Module], ...]
     sliced: tuple[bool, ...]
 
+    def strides(self, stride: int, projection: nn.Sequential | None) -> Iterator[tuple[bool, int]]:
+        """Of every convolution whether it is depthwise, and its stride: the unit's in a branch's first depthwise."""
+        depthwise = self is XCEPTION
+        for position in range(len(self.sliced)):
+            yield depthwise, stride if depthwise and position < 2 else 1
+            depthwise = not depthwise
+        if projection is not None:
+            yield True, stride
+            yield False, 1
+
 
 SHUFFLE = Plan("shuffle_unit", (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU), (True, True, False))
 XCEPTION = Plan("xception_unit", _PROJECTION * 3, (False, True, True, True, True, False))
@@ -61,7 +71,7 @@ def run(
         stride: of the block.
         mid: how many mid channels are used, the first ones; None for all. Running statistics move inside of the slice.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not _fits(x):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not x.numel() or not _fits(x):
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         return None
@@ -72,8 +82,11 @@ def run(
         return None
     if any(map(_changed, (branch, *layers))) or (projection is not None and _changed(projection)):
         return None
+    convolutions = [layer for layer in layers if type(layer) is _CONV]
+    if not all(itertools.starmap(_usual, zip(convolutions, plan.strides(stride, projection), strict=True))):
+        return None
     norms = [layer for layer in layers if type(layer) is _NORM]
-    weights = [layer.weight for layer in layers if type(layer) is _CONV]
+    weights = [layer.weight for layer in convolutions]
     if len({(norm.eps, norm.affine) for norm in norms}) > 1 or not all(w.dtype == torch.float32 for w in weights):
         return None
     on_batch = [_on_batch_statistics(norm) for norm in norms]
@@ -196,6 +209,23 @@ def _wants_gradients(x: Tensor, block: _Block) -> bool:
 
 def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _usual(convolution: nn.Conv2d, expected: tuple[bool, int]) -> bool:
+    """Whether a convolution is as the units make it; its attributes may have been changed, or another put in place."""
+    depthwise, stride = expected
+    channels, _, *kernel = convolution.weight.shape
+    side = kernel[0] if depthwise else 1
+    return (
+        kernel == [side, side]
+        and side % 2 == 1
+        and convolution.stride == (stride, stride)
+        and convolution.padding == (side // 2, side // 2)
+        and convolution.dilation == (1, 1)
+        and convolution.groups == (channels if depthwise else 1)
+        and convolution.padding_mode == "zeros"
+        and convolution.bias is None
+    )
 
 
 def _changed(module: nn.Module) -> bool:

@@ -6,7 +6,8 @@ Parameter names are those of the published code (``branch_main.<i>``, ``branch_p
 from __future__ import annotations
 
 import itertools
-from typing import cast
+import operator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from spos_fast.errors import InputError
 from spos_fast.nn import fused
 
 
-def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 1, bias=False)
+def _pointwise(channels_in: int, channels_out: int, **factory: Any) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 1, bias=False, **factory)
 
 
-def _depthwise(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=False)
+def _depthwise(channels: int, kernel_size: int, stride: int, **factory: Any) -> nn.Conv2d:
+    padding = kernel_size // 2
+    return nn.Conv2d(channels, channels, kernel_size, stride, padding, groups=channels, bias=False, **factory)
 
 
 class _Unit(nn.Module):
@@ -47,11 +49,11 @@ class _Unit(nn.Module):
             ("out_channels", out_channels),
             ("mid_channels", mid_channels),
         ):
-            if value < 1:
-                raise InputError(f"{name}: got {value}; expected a positive number")
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: got {value!r}; expected a positive integer")
         if stride not in (1, 2):
             raise InputError(f"stride: got {stride}; expected 1 or 2")
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size: got {kernel_size}; expected an odd number such as 3, 5 or 7")
         self.mid_channels, self.stride = mid_channels, stride
         self.splits = stride == 1 and in_channels == out_channels
@@ -65,15 +67,15 @@ class _Unit(nn.Module):
         self.branch_in = in_channels // 2 if self.splits else in_channels
         self.branch_out = out_channels - self.branch_in
 
-    def _projection(self, kernel_size: int, stride: int, affine: bool) -> nn.Sequential | None:
+    def _projection(self, kernel_size: int, stride: int, affine: bool, **factory: Any) -> nn.Sequential | None:
         if self.splits:
             return None
         channels = self.branch_in
         return nn.Sequential(
-            _depthwise(channels, kernel_size, stride),
-            nn.BatchNorm2d(channels, affine=affine),
-            _pointwise(channels, channels),
-            nn.BatchNorm2d(channels, affine=affine),
+            _depthwise(channels, kernel_size, stride, **factory),
+            nn.BatchNorm2d(channels, affine=affine, **factory),
+            _pointwise(channels, channels, **factory),
+            nn.BatchNorm2d(channels, affine=affine, **factory),
             nn.ReLU(inplace=True),
         )
 
@@ -88,8 +90,15 @@ class _Unit(nn.Module):
             mid: how many of the mid channels are used; None is all of them.
 
         Raises:
+            TypeError: ``mid`` is no integer. (Widths on the device are for :func:`spos_fast.ops.shuffle_unit`.)
             InputError: ``mid`` is not 1 to ``mid_channels``.
         """
+        if isinstance(mid, Tensor) or not (mid is None or hasattr(mid, "__index__")):
+            raise TypeError(
+                f"mid must be an int, got {type(mid).__name__}; widths that only the device knows go to spos_fast.ops"
+            )
+        if mid is not None and not isinstance(mid, (int, torch.SymInt)):
+            mid = operator.index(mid)  # numpy's integers
         if mid is not None and not 1 <= mid <= self.mid_channels:
             raise InputError(f"mid: got {mid}; expected 1 to {self.mid_channels} channels")
         mid = None if mid == self.mid_channels else mid
@@ -134,6 +143,8 @@ class ShuffleUnit(_Unit):
         kernel_size: odd size of the depthwise kernel.
         stride: 1 or 2.
         affine: whether batch normalisation learns a scale and a shift (off in a supernet).
+        device: of the parameters, as for torch.nn's layers.
+        dtype: of the parameters.
 
     Raises:
         InputError: sizes that no such unit has.
@@ -149,19 +160,22 @@ class ShuffleUnit(_Unit):
         kernel_size: int,
         stride: int = 1,
         affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, mid_channels, kernel_size, stride)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
         self.branch_main = nn.Sequential(
-            _pointwise(self.branch_in, mid_channels),
-            nn.BatchNorm2d(mid_channels, affine=affine),
+            _pointwise(self.branch_in, mid_channels, **factory),
+            nn.BatchNorm2d(mid_channels, affine=affine, **factory),
             nn.ReLU(inplace=True),
-            _depthwise(mid_channels, kernel_size, stride),
-            nn.BatchNorm2d(mid_channels, affine=affine),
-            _pointwise(mid_channels, self.branch_out),
-            nn.BatchNorm2d(self.branch_out, affine=affine),
+            _depthwise(mid_channels, kernel_size, stride, **factory),
+            nn.BatchNorm2d(mid_channels, affine=affine, **factory),
+            _pointwise(mid_channels, self.branch_out, **factory),
+            nn.BatchNorm2d(self.branch_out, affine=affine, **factory),
             nn.ReLU(inplace=True),
         )
-        self.branch_proj = self._projection(kernel_size, stride, affine)
+        self.branch_proj = self._projection(kernel_size, stride, affine, **factory)
 
 
 class XceptionUnit(_Unit):
@@ -173,18 +187,26 @@ class XceptionUnit(_Unit):
     plan = fused.XCEPTION
 
     def __init__(
-        self, in_channels: int, out_channels: int, mid_channels: int, stride: int = 1, affine: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        mid_channels: int,
+        stride: int = 1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, mid_channels, 3, stride)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
         layers: list[nn.Module] = []
         widths = (self.branch_in, mid_channels, mid_channels, self.branch_out)
         for position, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             layers += [
-                _depthwise(narrow, 3, stride if position == 0 else 1),
-                nn.BatchNorm2d(narrow, affine=affine),
-                _pointwise(narrow, wide),
-                nn.BatchNorm2d(wide, affine=affine),
+                _depthwise(narrow, 3, stride if position == 0 else 1, **factory),
+                nn.BatchNorm2d(narrow, affine=affine, **factory),
+                _pointwise(narrow, wide, **factory),
+                nn.BatchNorm2d(wide, affine=affine, **factory),
                 nn.ReLU(inplace=True),
             ]
         self.branch_main = nn.Sequential(*layers)
-        self.branch_proj = self._projection(3, stride, affine)
+        self.branch_proj = self._projection(3, stride, affine, **factory)

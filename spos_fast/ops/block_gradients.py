@@ -25,7 +25,7 @@ from spos_fast.ops.channels import (
     padded,
     picked,
 )
-from spos_fast.ops.dispatch import define_op
+from spos_fast.ops.dispatch import define_op, differentiable_once
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -219,3 +219,5 @@ dw_backward_op = define_op(
     fake=_fake_dw_backward,
     triton="spos_fast.kernels.blocks:dw_bnstats_backward",
 )
+differentiable_once("pw_bnstats_backward", "pw_bnstats")
+differentiable_once("dw_bnstats_backward", "dw_bnstats")

@@ -23,7 +23,7 @@ from spos_fast.ops.channels import (
     new_statistics,
     scattered,
 )
-from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.dispatch import LIBRARY, define_op, differentiable_once
 from spos_fast.ops.layout import channels_last
 
 
@@ -176,6 +176,7 @@ _backward_op = define_op(
     fake=_fake_backward,
     triton="spos_fast.kernels.blocks:bn_act_cat_backward",
 )
+differentiable_once("bn_act_cat_backward", "bn_act_cat")
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -110,6 +110,15 @@ def define_composite(schema: str, function: Kernel, why: str) -> None:
     OPS[name] = Op(overload, function, None, {device: Choice("composite", why) for device in DEVICES}, why)
 
 
+def differentiable_once(backward: str, op: str) -> None:
+    """Make differentiating an op's backward op an error: torch would take its gradient for zero, with a warning."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{op} is differentiable once; for second derivatives write it in plain PyTorch")
+
+    torch.library.register_autograd(f"spos_fast::{backward}", refuse, lib=LIBRARY)
+
+
 def _register_autocast(overload: Any, device: str, positions: frozenset[int]) -> None:
     """Cast the arguments at these positions to autocast's dtype, wherever it is on; float64 stays, as torch has it."""
     key = getattr(torch._C.DispatchKey, f"Autocast{DEVICES[device]}")

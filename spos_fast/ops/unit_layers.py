@@ -149,9 +149,21 @@ NAMES: dict[Chain, tuple[str, ...]] = {
 
 
 def make_unit(
-    chain: Chain, x: Tensor, weights: Sequence[Tensor], projection: Projection, mid: int, stride: int
+    chain: Chain,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    projection: Projection,
+    mid: int,
+    stride: int,
+    *,
+    on_batch: bool,
 ) -> Unit:
     """The unit that an op's arguments describe.
+
+    Args:
+        chain: which unit.
+        x, weights, projection, mid, stride: the op's arguments.
+        on_batch: whether it takes the variance of its batch, for which one pixel is too few.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
@@ -171,8 +183,8 @@ def make_unit(
             raise InputError(f"{name} must have 4 dimensions, got shape {list(value.shape)}")
     if (proj_dw is None) != (proj_pw is None):
         raise InputError("proj_dw and proj_pw: one of them is missing; a projection needs both")
-    if stride not in (1, 2):
-        raise InputError(f"stride must be 1 or 2, got {stride}")
+    if not isinstance(stride, int) or stride not in (1, 2):
+        raise InputError(f"stride must be 1 or 2, got {stride!r}")
     if proj_dw is None and stride != 1:
         raise InputError(f"stride must be 1 for a unit without projection, got {stride}")
     if proj_dw is None and x.shape[1] % 2:
@@ -186,6 +198,11 @@ def make_unit(
         )
     unit = Unit(x, chain(weights, channels, mid, stride), beside, stride)
     _check_weights(unit, mid, channels)
+    n, _, height, width = unit.out_shape
+    if on_batch and (x.numel() == 0 or n * height * width < 2):
+        raise InputError(f"x must give at least two pixels, which a variance needs, got shape {list(x.shape)}")
+    if x.numel() == 0:
+        raise InputError(f"x must hold at least one pixel, got shape {list(x.shape)}")
     return unit
 
 
@@ -202,9 +219,6 @@ def _check_weights(unit: Unit, mid: int, channels: int) -> None:
         _check_weight(layer, channels, channels)
     if not 1 <= mid <= stored:
         raise InputError(f"mid must be from 1 to {stored}, the channels that are stored, got {mid}")
-    n, _, height, width = unit.out_shape
-    if unit.x.numel() == 0 or n * height * width < 2:
-        raise InputError(f"x must give at least two pixels, which a variance needs, got shape {list(unit.x.shape)}")
 
 
 def _check_weight(layer: Layer, made: int, read: int) -> None:
@@ -219,8 +233,14 @@ def _check_weight(layer: Layer, made: int, read: int) -> None:
 
 
 def check_vector(name: str, value: Tensor | None, unit: Unit) -> None:
-    """Refuse a vector that has not one entry for every normalised channel."""
-    if value is not None and list(value.shape) != [unit.normalised]:
+    """Refuse what is no floating-point vector with one entry for every normalised channel."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
+    if list(value.shape) != [unit.normalised]:
         raise InputError(
             f"{name} must be [{unit.normalised}], one entry a channel of every layer, got {list(value.shape)}"
         )

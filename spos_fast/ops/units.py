@@ -18,7 +18,7 @@ from torch import Tensor
 from spos_fast.errors import InputError
 from spos_fast.ops import unit_reference
 from spos_fast.ops.channels import in_autocast_dtype
-from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.dispatch import LIBRARY, define_op, differentiable_once
 from spos_fast.ops.layout import channels_last
 from spos_fast.ops.unit_layers import (
     NAMES,
@@ -194,7 +194,7 @@ def _train(
     eps: float,
 ) -> UnitOutput:
     x, weights, beside, mid, width = _prepared(name, x, weights, projection, mid)
-    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
+    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride, on_batch=True)
     check_vector("gamma", gamma, unit)
     check_vector("beta", beta, unit)
     differentiated = (x, *weights, *beside, gamma, beta)
@@ -214,7 +214,9 @@ def _infer(
     stride: int,
 ) -> Tensor:
     x, weights, beside, mid, width = _prepared(name, x, weights, projection, mid)
-    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride)
+    unit = make_unit(_CHAINS[name], x, weights, beside, mid, stride, on_batch=False)
+    if shift is None:
+        raise TypeError("shift must be a tensor, got None; a layer without one has zeros")
     check_vector("scale", scale, unit)
     check_vector("shift", shift, unit)
     out: Tensor = _OPS[name](x, *weights, *beside, scale, shift, mid, width, stride)
@@ -228,6 +230,8 @@ def _prepared(
     for argument, value in zip(("x", *NAMES[_CHAINS[name]]), (x, *weights), strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if projection is not None and not (isinstance(projection, (tuple, list)) and len(projection) == 2):
+        raise TypeError("projection must be a pair of weights, depthwise and 1x1, or None")
     stored = weights[-1].shape[1] if weights[-1].dim() > 1 else 0
     width = None
     if isinstance(mid, Tensor):
@@ -239,7 +243,7 @@ def _prepared(
         mid, width = None, mid
     elif mid is not None and (not isinstance(mid, (int, torch.SymInt)) or isinstance(mid, bool)):
         raise TypeError(f"mid must be an int or an int32 tensor, got {type(mid).__name__}")
-    beside: Projection = projection or (None, None)
+    beside: Projection = (None, None) if projection is None else (projection[0], projection[1])
     if torch.is_autocast_enabled(x.device.type):
         cast = [in_autocast_dtype(x, value)[1] for value in (*weights, *beside)]
         x, weights, beside = in_autocast_dtype(x, None)[0], cast[:-2], (cast[-2], cast[-1])  # type: ignore[assignment]
@@ -271,7 +275,7 @@ def _define(name: str, chain: Chain) -> None:
         x, stored, projection = arguments[0], arguments[1 : 1 + count], (arguments[1 + count], arguments[2 + count])
         first, second, mid, width, *late = arguments[3 + count :]
         late += optional[len(late) :]  # torch leaves out arguments that equal their defaults
-        unit = make_unit(chain, x, stored, projection, mid, late[0])
+        unit = make_unit(chain, x, stored, projection, mid, late[0], on_batch=len(optional) > 1)
         return unit, _narrowed(unit, chain, stored, projection, mid, width), (first, second, *late)
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -379,6 +383,7 @@ def _define(name: str, chain: Chain) -> None:
         torch.library.register_autograd(f"spos_fast::{op}", backward, setup_context=setup, lib=LIBRARY)
 
     register(name, differentiate, keep)
+    differentiable_once(f"{name}_backward", name)
     register(f"{name}_infer", differentiate_folded, keep_folded)
 
 
@@ -388,7 +393,8 @@ def _narrowed(
     """The unit at the width that a tensor says; None if there is no such tensor."""
     if width is None:
         return None
-    return make_unit(chain, unit.x, weights, projection, min(max(int(width), 1), mid), unit.stride)
+    used = min(max(int(width), 1), mid)
+    return make_unit(chain, unit.x, weights, projection, used, unit.stride, on_batch=False)  # checked with the unit
 
 
 def _without_width(arguments: Sequence[Any], count: int) -> tuple[Any, ...]:

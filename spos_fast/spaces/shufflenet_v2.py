@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -141,8 +142,8 @@ class ShuffleNetV2(Space):
             head_channels=head_channels,
             dropout=dropout,
             init=init,
-            channels=_ratios(channels) if channels is not None and len(channels) else None,
-            blocks=tuple(blocks) if blocks else None,
+            channels=_listed("channels", channels, float, "ratios such as 0.2, 0.4, 0.6"),
+            blocks=_listed("blocks", blocks, operator.index, "indices of choices, such as (0,)"),
         )
         self._check_config()
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
@@ -150,6 +151,9 @@ class ShuffleNetV2(Space):
         self._blocks = tuple(self._make_blocks())
         self.kinds = ("block",) * (not self._config["blocks"]) + ("width",) * bool(self._config["channels"])
         names = {"block": CHOICES, "width": tuple(f"{ratio:g}x" for ratio in self.ratios)}
+        # Genes of one kind of search mean nothing in another.
+        if "width" in self.kinds:
+            self.name = f"{type(self).name}+widths" if "block" in self.kinds else f"{type(self).name}_widths"
         self.choices = tuple(names[kind] for _ in self._blocks for kind in self.kinds)
         self.cost_tables = self._make_cost_tables()
 
@@ -302,6 +306,12 @@ class ShuffleNetV2(Space):
             if not before < ratio <= WIDEST:
                 raise InputError(f"channels: got {ratio!r} after {before:g}; expected rising ratios up to {WIDEST:g}")
             before = ratio
+        for width in self._config["stage_channels"]:
+            mids = [scaled_channels(width // 2, ratio) for ratio in channels or ()]
+            for place, (mid, wider) in enumerate(itertools.pairwise(mids)):
+                if 0 < mid == wider:
+                    equal = f"{channels[place]:g} and {channels[place + 1]:g}"
+                    raise InputError(f"channels: {equal} both give {mid} channels in a stage of {width // 2}")
         if channels and scaled_channels(narrowest, channels[0]) < 1:
             raise InputError(f"channels: {channels[0]:g} leaves none of the first stage's {narrowest} mid channels")
         if blocks is None:
@@ -316,11 +326,16 @@ class ShuffleNetV2(Space):
                 raise InputError(f"blocks: got {choice!r}; expected 0 to {len(CHOICES) - 1} ({', '.join(CHOICES)})")
 
 
-def _ratios(channels: Sequence[float]) -> tuple[float, ...]:
+def _listed(name: str, values: Any, kind: Callable[[Any], Any], wanted: str) -> tuple[Any, ...] | None:
+    """The values as a tuple of numbers, None for none of them."""
+    if values is None:
+        return None
     try:
-        return tuple(map(float, channels))
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        return tuple(map(kind, values)) or None
     except (TypeError, ValueError):
-        raise InputError(f"channels: got {channels!r}; expected ratios such as 0.2, 0.4, 0.6") from None
+        raise InputError(f"{name}: got {values!r}; expected {wanted}") from None
 
 
 def _initialize_as_published(net: nn.Module) -> None:

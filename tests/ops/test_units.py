@@ -424,3 +424,58 @@ def test_one_graph_serves_all_widths(kind: str) -> None:
         graph.replay()
         for got, wanted in zip(outputs, run(mid), strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_nobodys_views(kind: str) -> None:
+    """Outputs small and large may be written to in place, as those of plain modules may."""
+    for side in (5, 220):
+        size = Sizes(2, 16, side, side, 8, 8, 8, 3)
+        main, _ = unit(kind, size)
+        x = image(2, 16, side, side).requires_grad_()
+        out = getattr(ops, kind)(x, *main).out
+        out += 1
+        out.sum().backward()
+        with torch.no_grad():
+            folded = getattr(ops, f"{kind}_infer")(x, *main, None, torch.zeros(normalised(kind, size)))
+        assert not folded._is_view()
+        folded.mul_(torch.ones(1, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_are_refused(kind: str) -> None:
+    """An error, not a gradient that is silently zero."""
+    main, _ = unit(kind, SMALL)
+    x = image(2, 8, 5, 6).requires_grad_()
+    (grad,) = torch.autograd.grad(getattr(ops, kind)(x, *main).out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{kind} is differentiable once"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_pixel_is_enough_without_variances(kind: str) -> None:
+    """Folded units take an image of one pixel, as plain modules in evaluation do."""
+    main, _ = unit(kind, SMALL)
+    vectors = torch.rand(2, normalised(kind, SMALL)) + 0.5
+    x = image(1, 8, 1, 1)
+    both = getattr(ops, f"{kind}_infer")(torch.cat((x, x)).contiguous(memory_format=LAST), *main, *vectors)
+    torch.testing.assert_close(getattr(ops, f"{kind}_infer")(x, *main, *vectors), both[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_of_what_is_cast_already(kind: str) -> None:
+    """A unit behind a unit, under autocast: images come in its dtype, weights in float32."""
+    main, _ = unit(kind, SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = getattr(ops, kind)(image(2, 8, 5, 6), *main).out
+        assert getattr(ops, kind)(first, *main).out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("width", [-3, 0, 9, 100])
+def test_widths_out_of_range(width: int) -> None:
+    """A width on the device counts from 1 to what is stored, in training as in inference."""
+    main, _ = unit("shuffle_unit", SMALL)
+    x, vectors = image(2, 8, 5, 6), torch.rand(2, normalised("shuffle_unit", SMALL)) + 0.5
+    given, meant = (torch.tensor(value, dtype=torch.int32) for value in (width, min(max(width, 1), 4)))
+    for op in (ops.shuffle_unit, lambda *a, **k: (ops.shuffle_unit_infer(*a, *vectors, **k),)):
+        assert torch.equal(op(x, *main, mid=given)[0], op(x, *main, mid=meant)[0])

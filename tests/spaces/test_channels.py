@@ -227,9 +227,35 @@ def test_config_rebuilds_the_space(space):
         (dict(blocks=(0,)), "blocks: with all of them fixed nothing is left to search"),
         (dict(channels=(1.0,), blocks=(0, 1)), "blocks: got 2; expected one for each of the 4 layers"),
         (dict(channels=(1.0,), blocks=(4,)), "blocks: got 4"),
+        (dict(channels=(1.0,), blocks=0), "blocks: got 0; expected indices of choices"),
+        (dict(channels=0.5), "channels: got 0.5; expected ratios"),
+        (dict(channels="12"), "channels: got '12'; expected ratios"),
+        (dict(channels=(0.2, 0.21, 1.0)), "channels: 0.2 and 0.21 both give 1 channels in a stage of 8"),
     ],
 )
 def test_what_makes_no_search_is_refused(given, says):
     """The message names the keyword and the value."""
     with pytest.raises(InputError, match=says):
         ShuffleNetV2(**SIZES, stage_repeats=(2, 2), **given)
+
+
+def test_genes_of_one_search_mean_nothing_in_another():
+    """An architecture of a block search is refused where widths are searched, also with as many genes."""
+    sizes = dict(SIZES, stage_repeats=(2, 2))
+    blocks, widths = ShuffleNetV2(**sizes), ShuffleNetV2(**sizes, channels=(0.3, 0.6, 1.0, 1.6), blocks=(0,))
+    arch = blocks.architecture((3, 2, 1, 0))
+    for refused in (widths.cost, widths.build, widths.supernet().extract):
+        with pytest.raises(InputError, match="belongs to space 'shufflenet_v2'"):
+            refused(arch)
+    assert len({blocks.name, widths.name, ShuffleNetV2(**sizes, channels=(1.0, 1.6)).name}) == 3
+
+
+def test_a_double_supernet_is_extracted_in_double(space):
+    """The network's values are the supernet's, not rounded on their way."""
+    net = space.supernet().double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.div_(3)
+    arch = space.sample(np.random.default_rng(0))
+    images = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    assert torch.equal(net.extract(arch)(images), net(images, arch))

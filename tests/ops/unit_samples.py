@@ -13,6 +13,8 @@ from torch import Tensor
 from spos_fast.ops.dispatch import OPS
 
 Arguments = tuple[Any, ...]
+KINDS = ("shuffle_unit", "xception_unit")
+LAST = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sizes:
     projects: bool = False
     device_width: int | None = None
 
+
+SMALL = Sizes(2, 8, 5, 6, 4, 4, 4, 3)
 
 # Widths 1 and 3, kernels larger than the image, counts that no vector width divides, one image of more rows than a task
 # takes, odd sides under stride 2, and widths that only the kernel reads.
@@ -69,6 +73,18 @@ def normalised(kind: str, size: Sizes) -> int:
     b = size.channels if size.projects else size.channels // 2
     main = 2 * size.mid + size.made if kind == "shuffle_unit" else b + 4 * size.mid + size.made
     return main + (2 * b if size.projects else 0)
+
+
+def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random channels-last images."""
+    return torch.randn(size, dtype=dtype).contiguous(memory_format=LAST)
+
+
+def unit(kind: str, size: Sizes, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Any]]:
+    """Weights of the main branch, and the keywords of the public function."""
+    *main, proj_dw, proj_pw = [None if w is None else w.to(dtype) for w in weights(kind, size)]
+    projection = None if proj_dw is None or proj_pw is None else (proj_dw, proj_pw)
+    return [w for w in main if w is not None], {"projection": projection, "stride": size.stride}
 
 
 def arguments(kind: str, dtype: torch.dtype, seed: int) -> list[Arguments]:
@@ -129,7 +145,7 @@ def _infer_backward(kind: str) -> list[Arguments]:
 
 UNIT_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     kind + suffix: partial(made, kind)
-    for kind in ("shuffle_unit", "xception_unit")
+    for kind in KINDS
     for suffix, made in (
         ("", _training),
         ("_backward", _backward),

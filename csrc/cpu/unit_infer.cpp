@@ -5,11 +5,8 @@
 namespace spos::cpu {
 namespace {
 
-constexpr int64_t kSmallImage = 256;    // pixels, up to which images go through the unit whole
-constexpr int64_t kPixelsAtOnce = 112;  // of the output, about; a multiple of the rows of every tile
-// Bytes of output that the second-level caches may keep for the next unit; more is written past them. Measured on units
-// that feed each other: the third-level cache is no reason to keep it.
-constexpr int64_t kKeptOutput = 2 << 20;
+constexpr int64_t kSmallImage = 256;        // pixels, up to which images go through the unit whole
+constexpr int64_t kPixelsAtOnce = 112;      // of the output, about; a multiple of the rows of every tile
 constexpr int64_t kFewTasks = 8;            // with fewer, images are divided
 constexpr int64_t kParallelPack = 1 << 16;  // weights from which on packing is divided among the threads
 
@@ -31,8 +28,7 @@ class Inference {
           out_(static_cast<T*>(unit.out)),
           half_(unit.channels / 2),
           out_channels_(unit.out_channels()),
-          stream_(unit.samples * unit.out_height() * unit.out_width() * out_channels_ * int64_t(sizeof(T)) >
-                  kKeptOutput) {
+          stream_(unit.samples * unit.out_height() * unit.out_width() * out_channels_ * int64_t(sizeof(T)) > kKept) {
         int64_t first = unit.split ? half_ : 0;
         for (const auto& layers : unit.branches) {
             branches_.push_back({make_stages<A, T>(unit, layers), &layers, first});

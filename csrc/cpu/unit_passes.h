@@ -20,8 +20,9 @@ inline int64_t whole_packs(int64_t channels) {
     return divide_up(channels, kPack) * kPack;
 }
 
-// Bytes that a cache may keep for the next layer; larger outputs are written past it.
-constexpr int64_t kKept = 8 << 20;
+// Bytes of output that the second-level caches may keep for the next unit; more is written past them. Measured on units
+// that feed each other: the third-level cache is no reason to keep it.
+constexpr int64_t kKept = 2 << 20;
 
 constexpr int64_t kMostTasks = 64;  // of one pass: bounds the partial sums
 

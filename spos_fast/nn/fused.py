@@ -32,26 +32,37 @@ class Plan:
     Attributes:
         op: name of the op in training; with ``_infer`` behind it, of the one with statistics folded in.
         layers: types of the branch's modules.
+        depthwise: for every convolution of the branch whether it is depthwise.
         sliced: for every normalisation layer of the branch whether its channels are mid channels.
     """
 
     op: str
     layers: tuple[type[nn.Module], ...]
+    depthwise: tuple[bool, ...]
     sliced: tuple[bool, ...]
 
     def strides(self, stride: int, projection: nn.Sequential | None) -> Iterator[tuple[bool, int]]:
         """Of every convolution whether it is depthwise, and its stride: the unit's in a branch's first depthwise."""
-        depthwise = self is XCEPTION
-        for position in range(len(self.sliced)):
-            yield depthwise, stride if depthwise and position < 2 else 1
-            depthwise = not depthwise
+        first = self.depthwise.index(True)
+        for position, depthwise in enumerate(self.depthwise):
+            yield depthwise, stride if position == first else 1
         if projection is not None:
             yield True, stride
             yield False, 1
 
 
-SHUFFLE = Plan("shuffle_unit", (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU), (True, True, False))
-XCEPTION = Plan("xception_unit", _PROJECTION * 3, (False, True, True, True, True, False))
+SHUFFLE = Plan(
+    "shuffle_unit",
+    (_CONV, _NORM, _RELU, _CONV, _NORM, _CONV, _NORM, _RELU),
+    depthwise=(False, True, False),
+    sliced=(True, True, False),
+)
+XCEPTION = Plan(
+    "xception_unit",
+    _PROJECTION * 3,
+    depthwise=(True, False) * 3,
+    sliced=(False, True, True, True, True, False),
+)
 
 
 def run(
@@ -132,8 +143,8 @@ def _train(block: _Block, x: Tensor) -> Tensor:
     beta = _joined([norm.bias for norm in norms], widths) if norms[0].affine else None
     made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, eps=norms[0].eps, **block.keywords())
     counts = [made.out.shape[0] * made.out.shape[2] * made.out.shape[3]] * len(norms)
-    if block.plan is SHUFFLE:  # its first layer runs in front of the stride
-        counts[0] = x.shape[0] * x.shape[2] * x.shape[3]
+    for position in range(block.plan.depthwise.index(True)):  # layers in front of the stride
+        counts[position] = x.shape[0] * x.shape[2] * x.shape[3]
     move_statistics(norms, made.mean.split(widths), made.var.split(widths), counts)
     return cast(Tensor, made.out)
 

@@ -1,3 +1,4 @@
+#include "csrc/cpu/deviations.h"
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/matrix.h"
 #include "csrc/cpu/unit_passes.h"
@@ -25,12 +26,17 @@ class PointwiseForward {
         Statistics statistics(tasks.count, l_.out);
         parallel_for(tasks.count, [&](int64_t begin, int64_t end) {
             const auto buffer = scratch<A>(copied_ ? kBlock * l_.in : 0);
-            const auto results = scratch<A>(kBlock * panel_packs() * kPack);
+            const auto results = scratch<A>(kStep * panel_packs() * kPack);
+            Deviations<A> deviations(packed_.packs());
             for (int64_t task = begin; task < end; ++task) {
-                for (int64_t pixel = tasks.begin(task); pixel < tasks.end(task); pixel += kBlock)
-                    block(pixel, std::min(kBlock, tasks.end(task) - pixel), pixel - tasks.begin(task), buffer.get(),
-                          results.get(), statistics.mean(task), statistics.m2(task));
+                deviations.start();
+                for (int64_t pixel = tasks.begin(task); pixel < tasks.end(task); pixel += kBlock) {
+                    block(pixel, std::min(kBlock, tasks.end(task) - pixel), buffer.get(), results.get(), deviations,
+                          pixel == tasks.begin(task));
+                    deviations.settle();
+                }
                 statistics.counts[task] = tasks.end(task) - tasks.begin(task);
+                deviations.moments(statistics.counts[task], l_.out, statistics.mean(task), statistics.m2(task));
             }
         });
         return statistics.merged();
@@ -50,7 +56,7 @@ class PointwiseForward {
             start_[j] = static_cast<A>(dot(weight + j * l_.weight_pitch, l_.input.shift, l_.in));
     }
 
-    void block(int64_t pixel, int64_t pixels, int64_t done, A* buffer, A* results, double* mean, double* m2) const {
+    void block(int64_t pixel, int64_t pixels, A* buffer, A* results, Deviations<A>& deviations, bool fresh) const {
         // Copying reads in one stream, which no matrix product does: the product finds x in the cache.
         l_.passing.copy(pixel, pixels, 0, l_.in);
         const A* input = buffer;
@@ -70,21 +76,29 @@ class PointwiseForward {
         for (int64_t panel = 0; panel < packed_.panels(); ++panel) {
             const int64_t packs = packed_.packs_of(panel), width = packs * kPack;
             const int64_t first = panel * panel_packs() * kPack, used = std::min(width, l_.out - first);
-            T* to = l_.z + pixel * l_.z_pitch + first;
+            A* columns = deviations.of(panel * panel_packs());
             for (int64_t row = 0; row < pixels; row += kStep, ++round) {
                 const int64_t rows = std::min(kStep, pixels - row);
+                T* to = l_.z + (pixel + row) * l_.z_pitch + first;
                 // The processor fetches what comes next while it multiplies.
-                prefetch_rows<true>(to + row * l_.z_pitch, l_.z_pitch * sizeof(T), rows, used * sizeof(T));
+                prefetch_rows<true>(to, l_.z_pitch * sizeof(T), rows, used * sizeof(T));
                 const int64_t soon = std::min(l_.pixels, pixel + pixels + kBlock * round / rounds);
                 const int64_t later = std::min(l_.pixels, pixel + pixels + kBlock * (round + 1) / rounds);
                 const int64_t bytes = (later - soon) * l_.input.pitch * int64_t(sizeof(T));
                 const int64_t steps = divide_up(rows, kTileRows) * l_.in;
-                multiply(Product<A>{input + row * pixel_step, pixel_step, channel_step, packed_.panel(panel), width,
-                                    rows, packs, l_.in, start_.data() + first, 0, results + row * width, width,
-                                    reinterpret_cast<const char*>(l_.input.start + soon * l_.input.pitch),
-                                    std::min<int64_t>(bytes / steps, 128)});
+                Product<A> product{input + row * pixel_step, pixel_step, channel_step, packed_.panel(panel), width,
+                                   rows, packs, l_.in, start_.data() + first, 0, results, width,
+                                   reinterpret_cast<const char*>(l_.input.start + soon * l_.input.pitch),
+                                   std::min<int64_t>(bytes / steps, 128), columns, fresh && row == 0};
+                if constexpr (std::is_same_v<T, A>)
+                    if (used == width) {
+                        product.c = to, product.c_pitch = l_.z_pitch;
+                        multiply(product);
+                        continue;
+                    }
+                multiply(product);
+                store_rows(static_cast<const A*>(results), width, rows, used, to, l_.z_pitch, false);
             }
-            store_with_moments(results, width, pixels, used, to, l_.z_pitch, done, mean + first, m2 + first);
         }
     }
 

@@ -34,13 +34,13 @@ class DepthwiseForward {
             RowWindow<A> window(w_.height, w_.width, w_.kernel, tasks_.chunk / kPack);
             const auto results = scratch<A>(out_width_ * kPack);
             Deviations<A> deviations(tasks_.chunk / kPack);
-            for (int64_t index = begin; index < end; ++index) {
+            each_task(begin, end, l_.backwards, [&](int64_t index, int64_t next) {
                 const Task task = tasks_[index];
                 deviations.start();
-                band(task, tasks_[std::min(index + 1, end - 1)], window, results.get(), deviations);
+                band(task, tasks_[next], window, results.get(), deviations);
                 deviations.moments(statistics.counts[task.place], task.width,
                                    statistics.mean(task.place) + task.channel, statistics.m2(task.place) + task.channel);
-            }
+            });
         });
         return statistics.merged();
     }

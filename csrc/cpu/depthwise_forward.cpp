@@ -39,7 +39,8 @@ class DepthwiseForward {
                 deviations.start();
                 band(task, tasks_[next], window, results.get(), deviations);
                 deviations.moments(statistics.counts[task.place], task.width,
-                                   statistics.mean(task.place) + task.channel, statistics.m2(task.place) + task.channel);
+                                   statistics.mean(task.place) + task.channel,
+                                   statistics.m2(task.place) + task.channel);
             });
         });
         return statistics.merged();

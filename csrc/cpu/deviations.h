@@ -1,7 +1,7 @@
 // Moments of channels while their values are still in registers: for every pack of channels the deviations from a pivot
-// are added up, and their squares. The pivot is the mean of the first values seen. However far it lies from the mean m of
-// all n values, a share of at least p / n of the second moment is p (pivot - m)^2, p being the number of first values: so
-// the rounding of n (pivot - m)^2, which is subtracted in the end, is at most n / p roundings of the result.
+// are added up, and their squares. The pivot is the mean of the first values seen. However far it lies from the mean m
+// of all n values, a share of at least p / n of the second moment is p (pivot - m)^2, p being the number of first
+// values: so the rounding of n (pivot - m)^2, which is subtracted in the end, is at most n / p roundings of the result.
 #pragma once
 
 #include <algorithm>

@@ -49,8 +49,7 @@ template <int R, int N, typename A>
 SPOS_SIMD_INLINE int64_t tiles(const Product<A>& p, int64_t i) {
     const char* ahead = p.ahead ? p.ahead : reinterpret_cast<const char*>(p.b);
     for (; i + R <= p.rows; i += R, ahead += p.depth * p.ahead_step)
-        tile<R, N>(p, p.a + i * p.row_step, p.start + i * p.start_pitch, p.c + i * p.c_pitch, ahead,
-                   p.fresh && i == 0);
+        tile<R, N>(p, p.a + i * p.row_step, p.start + i * p.start_pitch, p.c + i * p.c_pitch, ahead, p.fresh && i == 0);
     return i;
 }
 

@@ -75,8 +75,8 @@ void pack_transposed(const T* weights, int64_t pitch, const A* scale, Packed<A>&
 //   A[i][k] = a[i * row_step + k * depth_step]; B[k][j] = b[k * b_pitch + j]; C[i][j] = c[i * c_pitch + j];
 //   start likewise with its pitch: 0 repeats one row, and C itself may be given.
 // packs <= panel_packs(). The order of the sum is that of k, whatever the machine. Meanwhile memory from `ahead` on is
-// asked for, ahead_step bytes (128 at most) a step of the sum, for whatever comes next; null: none. The columns' deviations
-// (deviations.h) are added to, and begun with these rows if `fresh`; null: not wanted.
+// asked for, ahead_step bytes (128 at most) a step of the sum, for whatever comes next; null: none. The columns'
+// deviations (deviations.h) are added to, and begun with these rows if `fresh`; null: not wanted.
 template <typename A>
 struct Product {
     const A* a;

@@ -90,10 +90,22 @@ class PointwiseForward {
                 const int64_t later = std::min(l_.pixels, next + kBlock * (round + 1) / rounds);
                 const int64_t bytes = (later - soon) * l_.input.pitch * int64_t(sizeof(T));
                 const int64_t steps = divide_up(rows, kTileRows) * l_.in;
-                Product<A> product{input + row * pixel_step, pixel_step, channel_step, packed_.panel(panel), width,
-                                   rows, packs, l_.in, start_.data() + first, 0, results, width,
+                Product<A> product{input + row * pixel_step,
+                                   pixel_step,
+                                   channel_step,
+                                   packed_.panel(panel),
+                                   width,
+                                   rows,
+                                   packs,
+                                   l_.in,
+                                   start_.data() + first,
+                                   0,
+                                   results,
+                                   width,
                                    reinterpret_cast<const char*>(l_.input.start + soon * l_.input.pitch),
-                                   std::min<int64_t>(bytes / steps, 128), columns, fresh && row == 0};
+                                   std::min<int64_t>(bytes / steps, 128),
+                                   columns,
+                                   fresh && row == 0};
                 if constexpr (std::is_same_v<T, A>)
                     if (used == width) {
                         product.c = to, product.c_pitch = l_.z_pitch;
@@ -140,8 +152,8 @@ void pass_on(const Passing<T>& passing, int64_t pixels, int64_t channels, const 
     });
 }
 
-#define SPOS_INSTANTIATE(T)                                                                           \
-    template Moments pointwise_forward(const Pointwise<T>&, const ParallelFor&);                      \
+#define SPOS_INSTANTIATE(T)                                                                                 \
+    template Moments pointwise_forward(const Pointwise<T>&, const ParallelFor&);                            \
     template void activate(const Input<T>&, int64_t, int64_t, T*, int64_t, bool, bool, const ParallelFor&); \
     template void pass_on(const Passing<T>&, int64_t, int64_t, const ParallelFor&);
 SPOS_INSTANTIATE(float)

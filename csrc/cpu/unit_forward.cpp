@@ -48,12 +48,11 @@ class Forward {
             if (saved_) saved_ += pixels * layer.laid_out;
             const bool backwards = i % 2 == 1;
             const Moments moments =
-                layer.depthwise
-                    ? depthwise_forward(Depthwise<T>{input, window, weight, z, z_pitch, passing, backwards}, parallel_for_)
-                    : pointwise_forward(
-                          Pointwise<T>{input, pixels, layer.in, layer.out, weight, layer.row, z, z_pitch, passing,
-                                       backwards},
-                          parallel_for_);
+                layer.depthwise ? depthwise_forward(Depthwise<T>{input, window, weight, z, z_pitch, passing, backwards},
+                                                    parallel_for_)
+                                : pointwise_forward(Pointwise<T>{input, pixels, layer.in, layer.out, weight, layer.row,
+                                                                 z, z_pitch, passing, backwards},
+                                                    parallel_for_);
             norms.push_back(normalisation(layer, moments, pixels));
             input = {z, z_pitch, 1, norms.back().scale.data(), norms.back().shift.data(), !layer.depthwise};
             passing = {};

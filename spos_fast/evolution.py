@@ -17,6 +17,9 @@ from spos_fast.spaces import Space
 # A child that is known or too expensive is bred again this many times, as in the published code; then the place is
 # filled by a random architecture.
 _TRIES_PER_CHILD = 10
+# Where the size of the constrained space is not known: this many known draws in a row for every known architecture, and
+# it is taken as exhausted.
+_MISSES_PER_KNOWN = 20
 
 
 @dataclass(frozen=True)
@@ -156,20 +159,26 @@ class _Fresh:
         self.constraint = constraint or Constraint()
         self.sampler = UniformSampler(space, constraint)
         self.seen: set[Architecture] = set()
+        self.none_left = False
 
     def random(self, n: int) -> list[Architecture]:
         """Up to n new random architectures; fewer only when no more are left."""
         out: list[Architecture] = []
         count = self.sampler.count
-        # With an unknown count, a long run of known draws is taken as the end of the space.
+        # Draws may be slow, and every generation asks again: what was found to be the end of the space stays it.
+        self.none_left = self.none_left or len(self.seen) == count
         misses = 0
-        while len(out) < n and (count is None or len(self.seen) < count) and misses < 10_000 + 100 * len(self.seen):
+        while len(out) < n and not self.none_left:
             arch = self.sampler.sample(self.rng)
             misses += 1
             if arch not in self.seen:
                 misses = 0
                 self.seen.add(arch)
                 out.append(arch)
+            # With an unknown count, a long run of known draws is taken as the end of the space: if one architecture
+            # were left, it would be missed with a probability of exp(-_MISSES_PER_KNOWN) at most.
+            unlikely = count is None and misses >= _MISSES_PER_KNOWN * (len(self.seen) + 1)
+            self.none_left = unlikely or len(self.seen) == count
         return out
 
     def bred(self, n: int, breed: Callable[[], tuple[int, ...]]) -> Iterator[Architecture]:

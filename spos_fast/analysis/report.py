@@ -200,6 +200,8 @@ def _supernet(data: RunData) -> str:
         train = data.config.train
         if train.widening_end:
             first, all_in = (round(share * train.steps) for share in (train.widening_start, train.widening_end))
+            if len(data.names("width")) <= 2:
+                all_in = first  # the one smaller ratio joins when the widest is no longer alone
             note += f" Blocks run at their widest for {first:,} steps; all widths are drawn from step {all_in:,} on."
         parts.append(f'<p class="note">{note}</p>')
     elif data.config.search.supernet:

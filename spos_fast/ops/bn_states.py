@@ -67,8 +67,7 @@ def bn_merge(
         InputError: lists or shapes that do not fit together, counts that are too small, an unknown mode.
     """
     given = _checked_merge(mean, var, count, batch_mean, batch_m2, batch_count, mode, batches, momentum)
-    with torch.no_grad():
-        means, variances = _merge(*given, mode, batches, float(momentum), biased)
+    means, variances = _merge(*given, mode, batches, float(momentum), biased)
     return means, variances
 
 
@@ -332,11 +331,15 @@ _finalize = define_op(
 )
 
 
-def _refuse(*_: Any) -> None:
+def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+    ctx.mark_non_differentiable(*output[0], *output[1])
+
+
+def _unreachable(*_: Any) -> None:
     raise RuntimeError("bn_merge is not differentiable: running statistics are kept outside of autograd")
 
 
-torch.library.register_autograd("spos_fast::bn_merge", _refuse, lib=LIBRARY)
+torch.library.register_autograd("spos_fast::bn_merge", _unreachable, setup_context=_no_gradient, lib=LIBRARY)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -363,7 +366,8 @@ def _backward(ctx: Any, grad_scale: list[Tensor], grad_shift: list[Tensor]) -> t
                 to.append(
                     torch.zeros_like(like) if _absent(like) else grad.reshape(-1, len(like)).sum(0).to(like.dtype)
                 )
-    return *grads, None, None, None
+    # To torch an empty list is one of tensors, and wants a list of gradients.
+    return *grads, None, None if ctx.count else [], None
 
 
 torch.library.register_autograd("spos_fast::bn_finalize", _backward, setup_context=_save_for_backward, lib=LIBRARY)

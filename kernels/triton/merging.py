@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spos_fast.kernels.matrix import present, wide
+from spos_fast.ops.groups import each
 
 CHUNKS, CHANNELS = 32, 16  # of a tile
 
@@ -50,9 +51,9 @@ def sums(x: Tensor, channels: int, chunks: int, rows: int, count: int) -> Partia
     return Partial(found, found[:, 1], None, 2 * channels, chunks, rows, count)
 
 
-def whole(first: Tensor, second: Tensor, count: int) -> Partial:
-    """What another kernel has merged already, [channels], as a single chunk."""
-    return Partial(first, second, None, 0, 1, count, count)
+def whole(first: Tensor, second: Tensor, count: int, groups: int = 1) -> Partial:
+    """What another kernel has merged already, [channels] or [groups, channels], as a single chunk of each group."""
+    return Partial(first, second, None, first.shape[-1], 1, count, count, groups)
 
 
 # Vectors begin wherever the layer in front ends; to know where is worth no compilation in launches as small as these.
@@ -198,8 +199,8 @@ def weight_kernel(
 
 
 def merge_moments(found: Partial, channels: int, width: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and second moment, [channels]."""
-    mean = torch.empty(channels, dtype=found.first.dtype, device=found.first.device)
+    """Mean and second moment, [channels], of several groups [groups, channels]."""
+    mean = torch.empty(each(found.groups, channels), dtype=found.first.dtype, device=found.first.device)
     m2 = torch.empty_like(mean)
     _moments(found, mean, m2, None, None, None, None, width, 0.0)
     return mean, m2

@@ -16,6 +16,7 @@ from spos_fast.errors import InputError
 from spos_fast.kernels import concatenation, depthwise, merging, pointwise
 from spos_fast.kernels.matrix import Input, Output, image, matrix, wide
 from spos_fast.ops.dispatch import OPS
+from spos_fast.ops.groups import joined
 from spos_fast.ops.unit_layers import Layer, Unit, check_vector, make_unit, shuffle_chain, xception_chain
 
 LAST = torch.channels_last
@@ -113,9 +114,8 @@ def _forward(
     check_vector("gamma", gamma, unit)
     check_vector("beta", beta, unit)
     if unit.groups > 1 and save:  # each group's outputs have to lie together
-        images, *vectors = zip(*(_forward(run, width, gamma, beta, eps, save) for run in unit.runs()), strict=True)
-        saved, mean, var = map(torch.stack, vectors)
-        return _last(torch.cat(images)), saved, mean, var
+        out, saved, mean, var = joined([_forward(run, width, gamma, beta, eps, save) for run in unit.runs()])
+        return out, saved, mean, var
     mean, var, scale, shift = (unit.x.new_empty(unit.each(unit.normalised), dtype=wide(unit.x)) for _ in range(4))
     means, variances, scales, shifts, gammas, betas = _cut(unit, mean, var, scale, shift, gamma, beta)
     saved = unit.x.new_empty(unit.each(unit.saved_size if save else 0))
@@ -125,13 +125,13 @@ def _forward(
         """The chain's last convolution, with the batch norm that is still to be applied to it."""
         for stage in stages:
             at, channels = stage.position, stage.layer.made
-            if stage.layer.depthwise and unit.groups == 1 and _native("dw_bnstats", y.data):
+            if stage.layer.depthwise and _native("dw_bnstats", y.data):
                 made, *moments = OPS["dw_bnstats"].overload(
                     _image(y.data, unit, *stage.shape[:2]), stage.weight, y.scale, y.shift, y.relu,
-                    stage.layer.stride, channels, stage.made,
+                    stage.layer.stride, channels, stage.made, unit.groups,
                 )  # fmt: skip
                 z = matrix(made) if kept is None else kept[at].copy_(matrix(made))
-                found = merging.whole(*moments, z.shape[0])
+                found = merging.whole(*moments, z.shape[0] // unit.groups, unit.groups)
             else:
                 z = y.data.new_empty(_pixels(unit, stage), channels) if kept is None else kept[at]
                 if stage.layer.depthwise:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import DTYPES
+from spos_fast.ops.groups import each
 from spos_fast.ops.unit_layers import statistics_dtype
 
 LAST = torch.channels_last
@@ -82,14 +83,20 @@ def check_weight(weight: Tensor, x: Tensor) -> None:
 
 
 def check_affine(
-    scale_name: str, scale: Tensor | None, shift_name: str, shift: Tensor | None, channels: int, x: Tensor
+    scale_name: str,
+    scale: Tensor | None,
+    shift_name: str,
+    shift: Tensor | None,
+    channels: int,
+    x: Tensor,
+    groups: int = 1,
 ) -> None:
-    """Refuse a scale and a shift that are not both there, or do not fit ``channels`` channels of x."""
+    """Refuse a scale and a shift that are not both there, or do not fit ``channels`` channels of x's groups."""
     if (scale is None) != (shift is None):
         raise InputError(f"{scale_name} and {shift_name} must be given both or not at all")
     for name, value in ((scale_name, scale), (shift_name, shift)):
         if value is not None:
-            check_statistics(name, value, [channels], x)
+            check_statistics(name, value, each(groups, channels), x)
 
 
 def check_statistics(name: str, value: Tensor, shape: list[int], x: Tensor) -> None:

@@ -133,9 +133,14 @@ def measure(
         records.append(identity)
     elif records.rows[0] != identity:
         raise InputError(f"folder: {records.path} holds scores of another measurement; move it away")
-    known = {(row["mode"], row["images"], row["draw"]): row["accuracy"] for row in records.rows[1:]}
+    known: dict[Any, list[float]] = {
+        (row["mode"], row["images"], row["draw"]): row["accuracy"] for row in records.rows[1:]
+    }
     for mode, size, draw in _plan(sizes, draws, reference):
         if (mode, size, draw) in known:
+            continue
+        if mode == "pooled" and size <= config.search.calibration_batch:  # of one batch both are the same
+            known[mode, size, draw] = known["cumulative", size, draw]
             continue
         evaluator = Evaluator(
             net,
@@ -226,7 +231,7 @@ def figure(measured: Sequence[Stability], architectures: int) -> str:
     axes.set_ylabel("Spearman's correlation with the reference")
     axes.legend(loc="lower right", frameon=False, fontsize=SMALL, labelcolor=COLOURS["ink"])
     description = (
-        f"Rank correlation of {architectures} architectures with their ranking by exact statistics of the reference set, "
+        f"Rank correlation of {architectures} architectures with their ranking by exact statistics of the reference, "
         f"against calibration images, mean over draws with 95% interval. {'; '.join(told)}."
     )
     return standalone_svg(inline_svg(drawing, "stability", description))

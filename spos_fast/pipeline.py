@@ -284,7 +284,7 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
             device=job.device,
             workers=job.workers,
         )
-        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative")
+        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative", allow_nonfinite=True)
     score = evaluate(net, job.source.test_batches(settings.batch_size, device=job.device))
     cost = job.space.cost(arch)
     result = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from spos_fast import ops
+from spos_fast.nn.observation import report
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
@@ -164,13 +165,15 @@ def _infer(block: _Block, x: Tensor) -> Tensor:
 def move_statistics(
     norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
 ) -> None:
-    """Move layers' running statistics as their own forwards do.
+    """Move layers' running statistics as their own forwards do, or hand the batch's to who recalibrates them.
 
     Args:
         norms: the layers.
         means, variances: of the batch, one a layer, of its first channels or of all; variances divided by the count.
         counts: values a channel.
     """
+    if report(norms, means, variances, counts):
+        return
     counters = [norm.num_batches_tracked for norm in norms if norm.training]
     tracked = [counter for counter in counters if counter is not None]
     if tracked:

@@ -67,3 +67,8 @@ def short_number(value: float) -> str:
             digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
             return f"{scaled:.{digits}f}\N{NO-BREAK SPACE}{unit}"
     return f"{value:,.0f}"
+
+
+def milliseconds(value: float) -> str:
+    """A time with three digits: ``1.25 ms``."""
+    return f"{float(f'{value:.3g}'):g}\N{NO-BREAK SPACE}ms"

@@ -71,4 +71,5 @@ def short_number(value: float) -> str:
 
 def milliseconds(value: float) -> str:
     """A time with three digits: ``1.25 ms``."""
-    return f"{float(f'{value:.3g}'):g}\N{NO-BREAK SPACE}ms"
+    digits = 3 if value < 0.9995 else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}\N{NO-BREAK SPACE}ms"

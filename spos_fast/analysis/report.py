@@ -182,7 +182,7 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     if data.front:
         names = ", ".join(data.config.search.objectives)
         parts.append(
-            f"<h3>Pareto search</h3>{front_table(data)}"
+            f"<h2>Pareto search</h2>{front_table(data)}"
             f'<p class="note">NSGA-II for {escape(names)}: what it scored and no other candidate of it beats. A label '
             f"is what <code>spos-fast retrain --arch</code> takes; <code>front</code> stands for all of them.</p>"
         )

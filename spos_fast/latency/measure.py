@@ -24,7 +24,7 @@ from spos_fast.latency.timing import (
 )
 from spos_fast.spaces import Space
 
-# samples[layer][choice]: seconds; layer 0 is the stem, the last one the head.
+# samples[layer][choice]: seconds. The first layer is the stem, the last the head; their choices are copies.
 Samples = list[list[list[float]]]
 
 
@@ -59,26 +59,29 @@ def measure(
     with quiet(settings) as threads:
         candidates = _candidates(space, settings, device)
         samples = _sample(candidates, images_for(space, settings, device), settings, Clock(device), progress)
-    shapes = [(), *layer_shapes(space), ()]
-    spreads = [_spread(layer, shape) for layer, shape in zip(samples, shapes, strict=True)]
+    stem, *layers, head = samples
+    shaped = zip(layers, layer_shapes(space), strict=True)
     return LatencyTable(
         space={"name": space.name, "config": plain_config(space)},
         settings=dataclasses.replace(settings, threads=threads),
         machine=describe_machine(device),
         versions=describe_versions(),
-        stem=spreads[0],
-        head=spreads[-1],
-        layers=tuple(spreads[1:-1]),
+        stem=Spread.of(np.concatenate(stem)),
+        head=Spread.of(np.concatenate(head)),
+        layers=tuple(_spread(layer, shape) for layer, shape in shaped),
     )
 
 
 def _candidates(space: Space, settings: LatencySettings, device: torch.device) -> list[list[Part]]:
-    """For the stem, every layer, and the head, what can run there, in the order of flattened genes."""
+    """For every layer what can run there, in the order of flattened genes, and as many stems and heads: a single copy
+    would stay in the caches while blocks take turns, as no network's does.
+    """
     shapes = layer_shapes(space)
-    sizes = [1, *map(math.prod, shapes), 1]
+    most = max(map(math.prod, shapes))
+    sizes = [most, *map(math.prod, shapes), most]
     candidates: list[list[Part]] = [[] for _ in sizes]
     compiler = Compiler()
-    for number in range(max(sizes)):
+    for number in range(most):
         genes: list[int] = []
         for shape in shapes:
             genes += map(int, np.unravel_index(number % math.prod(shape), shape))

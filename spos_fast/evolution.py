@@ -16,7 +16,7 @@ from spos_fast.spaces import Space
 
 # A child that is known or too expensive is bred again this many times, as in the published code; then the place is
 # filled by a random architecture.
-_TRIES_PER_CHILD = 10
+TRIES_PER_CHILD = 10
 # Where the size of the constrained space is not known: this many known draws in a row for every known architecture, and
 # it is taken as exhausted.
 _MISSES_PER_KNOWN = 20
@@ -30,7 +30,7 @@ class Candidate:
         architecture: what was scored.
         score: its score.
         generation: 0 for the first population.
-        origin: ``"random"``, ``"mutation"`` or ``"crossover"``.
+        origin: ``"random"``, ``"mutation"`` or ``"crossover"``; ``"child"`` (either or both) in a Pareto search.
     """
 
     architecture: Architecture
@@ -97,7 +97,7 @@ def evolve(
         InputError: numbers that make no search, or an infeasible constraint.
     """
     _check_positive(population=population, top_k=top_k)
-    _check_not_negative(generations=generations, crossover=crossover, mutation=mutation, seed=seed)
+    check_not_negative(generations=generations, crossover=crossover, mutation=mutation, seed=seed)
     if not 0 <= mutation_probability <= 1:
         raise InputError(f"mutation_probability: got {mutation_probability}; expected 0 to 1")
     if crossover + mutation > population:
@@ -105,7 +105,7 @@ def evolve(
             f"crossover, mutation: {crossover} + {mutation} children do not fit into a population of {population}"
         )
     rng = np.random.default_rng([seed, 0])
-    fresh = _Fresh(space, constraint, rng)
+    fresh = Fresh(space, constraint, rng)
     candidates: list[Candidate] = []
     batch = [(arch, "random") for arch in fresh.random(population)]
     for generation in range(generations + 1):
@@ -138,8 +138,8 @@ def random_search(
     Args and errors as :func:`evolve`; give it the number of candidates that evolution scored for a fair comparison.
     """
     _check_positive(budget=budget, population=population)
-    _check_not_negative(seed=seed)
-    fresh = _Fresh(space, constraint, np.random.default_rng([seed, 1]))
+    check_not_negative(seed=seed)
+    fresh = Fresh(space, constraint, np.random.default_rng([seed, 1]))
     candidates: list[Candidate] = []
     for generation in range(-(-budget // population)):
         archs = fresh.random(min(population, budget - len(candidates)))
@@ -151,7 +151,7 @@ def random_search(
     return SearchResult(tuple(candidates))
 
 
-class _Fresh:
+class Fresh:
     """Hands out architectures that satisfy the constraint, each at most once."""
 
     def __init__(self, space: Space, constraint: Constraint | None, rng: np.random.Generator) -> None:
@@ -184,14 +184,20 @@ class _Fresh:
     def bred(self, n: int, breed: Callable[[], tuple[int, ...]]) -> Iterator[Architecture]:
         """Up to n new children within the constraint, out of ``10 n`` tries."""
         made = 0
-        for _ in range(_TRIES_PER_CHILD * n):
+        for _ in range(TRIES_PER_CHILD * n):
             if made == n:
                 return
             arch = Architecture(self.space.name, breed())
-            if arch not in self.seen and self.constraint.allows(self.space.cost(arch)):
+            if self.admit(arch):
                 made += 1
-                self.seen.add(arch)
                 yield arch
+
+    def admit(self, arch: Architecture) -> bool:
+        """Whether an architecture is new and within the constraint; it is not new any more then."""
+        if arch in self.seen or not self.constraint.allows(self.space.cost(arch)):
+            return False
+        self.seen.add(arch)
+        return True
 
 
 def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -224,7 +230,8 @@ def _check_positive(**values: int) -> None:
             raise InputError(f"{name}: got {value}; expected a positive number")
 
 
-def _check_not_negative(**values: int) -> None:
+def check_not_negative(**values: int) -> None:
+    """Refuse negative settings, naming the first."""
     for name, value in values.items():
         if value < 0:
             raise InputError(f"{name}: got {value}; expected 0 or more")

@@ -21,6 +21,7 @@ COLOURS = {
     "paper": "#fefefe",
     "evolution": "#00785f",
     "random": "#868d97",
+    "pareto": "#b3541e",
     "width": "#7a4fa3",
     "on-width": "#fdfdfd",
     **{f"choice-{index}": f"#c0010{index}" for index in range(8)},

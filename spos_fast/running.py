@@ -35,6 +35,9 @@ class RunningStatistics:
 
     def merge(self, moments: Sequence[Moments]) -> None:
         """Add the moments of one batch, one of each part."""
+        if not any(each.mean for each in moments):  # there is no normalisation
+            self._vectors = [0] * len(moments)
+            return
         mean, var, count = (list(itertools.chain.from_iterable(lists)) for lists in zip(*moments, strict=True))
         done = self._count or [0] * len(count)
         self._mean, self._var = ops.bn_merge(
@@ -49,32 +52,28 @@ class RunningStatistics:
         variances = self._var
         if self._mode == "pooled":
             variances = [m2 / max(count - 1, 1) for m2, count in zip(self._var, self._count, strict=True)]
-        ends = list(itertools.accumulate(self._vectors, initial=0))
-        spans = list(itertools.pairwise(ends))
-        scales: list[Tensor | None] = [None] * len(spans)
-        shifts = list(scales)
+        spans = list(itertools.pairwise(itertools.accumulate(self._vectors, initial=0)))
+        means = [_joined(self._mean[a:b]) for a, b in spans]
+        variances = [_joined(variances[a:b]) for a, b in spans]
+        scales: dict[int, Tensor] = {}
+        shifts: dict[int, Tensor] = {}
         fusing = [at for at, part in enumerate(self._parts) if part.fuses]
         for eps in {self._parts[at].norms[0].eps for at in fusing}:
-            chosen = [at for at in fusing if self._parts[at].norms[0].eps == eps]
-            means = [_joined(self._mean[slice(*spans[at])]) for at in chosen]
-            affine = [self._parts[at].affine() for at in chosen]
-            scale, shift = ops.bn_finalize(
-                means,
-                [_joined(variances[slice(*spans[at])]) for at in chosen],
-                [gamma for gamma, _ in affine],
-                [beta for _, beta in affine],
-                eps,
-            )
-            for at, a, b in zip(chosen, scale, shift, strict=True):
-                scales[at], shifts[at] = a, b
+            places = [at for at in fusing if self._parts[at].norms[0].eps == eps]
+            gamma, beta = zip(*(self._parts[at].affine() for at in places), strict=True)
+            folded = ops.bn_finalize([means[at] for at in places], [variances[at] for at in places], gamma, beta, eps)
+            for found, values in zip((scales, shifts), folded, strict=True):
+                found.update(zip(places, values, strict=True))
         return [
-            Statistics(self._mean[a:b], variances[a:b], scale, shift)
-            for (a, b), scale, shift in zip(spans, scales, shifts, strict=True)
+            Statistics(mean, var, scales.get(at), shifts.get(at))
+            for at, (mean, var) in enumerate(zip(means, variances, strict=True))
         ]
 
     def finite(self) -> Tensor:
         """For every part whether its statistics are numbers: bool ``[parts]``."""
         sizes = [sum(part.widths) for part in self._parts]
+        if not self._mean:
+            return torch.ones(len(self._parts), dtype=torch.bool)
         bad = ~(torch.cat(self._mean).isfinite() & torch.cat(self._var).isfinite())
         # Differences of running sums: the vectors of a part stand one behind the other.
         ends = torch.tensor(list(itertools.accumulate(sizes, initial=0)), device=bad.device)
@@ -82,4 +81,4 @@ class RunningStatistics:
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors))
+    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors)) if vectors else torch.empty(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -37,19 +36,17 @@ class Moments(NamedTuple):
     counts: list[int]
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and variance to normalise by, in front of a part's normalisation layers, in their order.
+class Statistics(NamedTuple):
+    """What a part's normalisation layers normalise by, one layer behind the other; all [normalised].
 
     Attributes:
-        means, variances: vectors, float64; neighbouring layers may stand in one.
-        scale: None, or ``weight / sqrt(var + eps)`` of all layers one behind the other, [normalised], in the dtype of
-            the weights.
+        mean, var: of the layers' inputs, float64.
+        scale: ``weight / sqrt(var + eps)``, float32; None for parts that do not fuse.
         shift: likewise ``bias - mean * scale``.
     """
 
-    means: list[Tensor]
-    variances: list[Tensor]
+    mean: Tensor
+    var: Tensor
     scale: Tensor | None
     shift: Tensor | None
 
@@ -167,11 +164,11 @@ class Part:
         return out, Moments(means, [var * ((n - 1) / n) for var, n in zip(unbiased, taken, strict=True)], taken)
 
     def _infer_modules(self, x: Tensor, statistics: Statistics) -> Tensor:
-        buffers: list[dict[str, Tensor]] = [{} for _ in self.norms]
-        for name, vectors in (("running_mean", statistics.means), ("running_var", statistics.variances)):
-            values = torch.cat(vectors).split(self.widths) if vectors else ()
-            for layer, held, value in zip(self.norms, buffers, values, strict=True):
-                held[name] = value.to(getattr(layer, name).dtype)
+        buffers = []
+        means, variances = statistics.mean.split(self.widths), statistics.var.split(self.widths)
+        for layer, mean, var in zip(self.norms, means, variances, strict=True):
+            dtype = cast(Tensor, layer.running_mean).dtype
+            buffers.append({"running_mean": mean.to(dtype), "running_var": var.to(dtype)})
         with _lent(self.norms, buffers):
             return self._run(x)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spos_fast.architecture import Architecture
     from spos_fast.calibration import recalibrate
-    from spos_fast.errors import CheckpointError, InputError
+    from spos_fast.distributed_evaluation import DistributedEvaluator
+    from spos_fast.errors import CheckpointError, InputError, RankError
     from spos_fast.evaluation import Evaluator, Score, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
     from spos_fast.ops import explain
@@ -28,9 +29,11 @@ _HOME = {
     "CheckpointError": "errors",
     "Constraint": "sampling",
     "Cost": "spaces",
+    "DistributedEvaluator": "distributed_evaluation",
     "Evaluator": "evaluation",
     "InputError": "errors",
     "Metrics": "training",
+    "RankError": "errors",
     "Score": "evaluation",
     "SearchResult": "evolution",
     "TrainConfig": "training",
@@ -51,9 +54,11 @@ __all__ = [
     "CheckpointError",
     "Constraint",
     "Cost",
+    "DistributedEvaluator",
     "Evaluator",
     "InputError",
     "Metrics",
+    "RankError",
     "Score",
     "SearchResult",
     "TrainConfig",

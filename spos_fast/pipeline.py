@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from spos_fast.calibration import recalibrate
 from spos_fast.checkpoint import Records, load_checkpoint, read_json, write_json
 from spos_fast.config import Config, RetrainConfig, SupernetConfig
 from spos_fast.data import DataSource
+from spos_fast.distributed_evaluation import DistributedEvaluator
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
 from spos_fast.evolution import SearchResult, evolve, random_search
-from spos_fast.recording import Listener, RecordedScores
+from spos_fast.recording import Listener, RecordedScores, shared_records
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
@@ -45,6 +47,7 @@ class Job:
         workers: processes that decode images; None is the data set's own choice.
         tensorboard: whether scalars are written.
         listener: hears about progress.
+        exchange: connection to the other processes of a ``torchrun`` job.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Job:
     workers: int | None = None
     tensorboard: bool = True
     listener: Listener = dataclasses.field(default_factory=Listener)
+    exchange: distributed.Exchange = dataclasses.field(default_factory=distributed.Exchange)
 
 
 def make_space(config: Config, source: DataSource) -> Space:
@@ -68,8 +72,8 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
     """Refuse what a stage could not do, before anything is written.
 
     Raises:
-        InputError: an infeasible constraint, more calibration images than there are, or a batch that the processes
-            cannot share.
+        InputError: an infeasible constraint, more calibration images than there are, or a batch or population that the
+            processes cannot share.
         CheckpointError: the published supernet does not fit.
     """
     try:
@@ -84,6 +88,9 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
         if stage in ("train", "retrain") and getattr(config, stage).batch_size % processes:
             size = getattr(config, stage).batch_size
             raise InputError(f"batch_size: {size} images cannot be shared out equally to {processes} processes")
+        if stage == "search" and config.search.population < processes:
+            size = config.search.population
+            raise InputError(f"population: {size} architectures cannot be shared out to {processes} processes")
     except InputError as error:
         raise InputError(f"{stage}.{error}") from None
     if stage == "search" and config.search.supernet:
@@ -153,17 +160,22 @@ def load_supernet(job: Job) -> Supernet:
 def search(job: Job) -> dict[str, SearchResult]:
     """Evolution, and random search under the same budget, with the supernet's weights.
 
+    Under ``torchrun`` all ranks run the same search and share out the scoring of every generation; rank 0 writes.
+
     Returns:
-        One result a phase. Also written into the run folder.
+        One result a phase, on every rank. Also written into the run folder.
 
     Raises:
-        InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`.
+        InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`; ranks that have different
+            supernets or settings.
+        RankError: another rank is gone or has failed; the search goes on where it was when it is started again.
     """
     settings, config = job.config.search, job.config
-    if distributed.world_size() > 1:
-        raise InputError("folder: the search runs in one process; start it without torchrun")
     UniformSampler(job.space, settings.constraint)  # an infeasible constraint is refused before any work
+    folder = job.folder / "search"
+    records = shared_records(folder / "candidates.jsonl", job.exchange)
     net = load_supernet(job)
+    _require_same_start(net, config, job.exchange)
     evaluator = Evaluator(
         net,
         job.source.calibration(
@@ -177,10 +189,9 @@ def search(job: Job) -> dict[str, SearchResult]:
         calibration_batch=settings.calibration_batch,
         batch_size=settings.batch_size,
     )
-    folder = job.folder / "search"
-    records = Records(folder / "candidates.jsonl")
+    shared = DistributedEvaluator(evaluator, space=job.space, exchange=job.exchange)
     budget = settings.population * (settings.generations + 1)
-    scores = RecordedScores(records, evaluator, job.space, job.listener, budget)
+    scores = RecordedScores(records, shared, job.space, job.listener, budget)
     results = {}
     results["evolution"] = evolve(
         job.space,
@@ -203,9 +214,11 @@ def search(job: Job) -> dict[str, SearchResult]:
             constraint=settings.constraint,
             seed=config.seed,
         )
-    for phase, result in results.items():
-        write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
-    write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
+    if job.exchange.rank == 0:
+        for phase, result in results.items():
+            write_json(folder / f"{phase}.json", [_candidate_row(job.space, found) for found in result.candidates])
+        write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
+    job.exchange.barrier()  # the stage that comes next reads these files on every rank
     return results
 
 
@@ -298,6 +311,23 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
     }
     write_json(job.folder / stage / "result.json", result)
     return result
+
+
+def _require_same_start(net: Supernet, config: Config, exchange: distributed.Exchange) -> None:
+    """Refuse ranks whose searches would differ: hosts that do not share the run folder.
+
+    Raises:
+        InputError: the weights or the settings of the search differ.
+    """
+    digest = hashlib.sha256(repr((config.seed, config.search)).encode())
+    for value in net.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    digests = exchange.all_gather(digest.hexdigest())
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise InputError(
+                f"folder: ranks 0 and {rank} have different supernets or settings; share the folder between all hosts"
+            )
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import Records
+from spos_fast.distributed import Exchange
 from spos_fast.errors import CheckpointError
-from spos_fast.evaluation import Evaluator, Score
+from spos_fast.evaluation import Score
 from spos_fast.spaces import Space
 from spos_fast.training import Metrics
 
@@ -33,14 +35,47 @@ class Listener:
         """An architecture is retrained and tested."""
 
 
+class RecordsOfRankZero:
+    """The records of rank 0 on another rank: the same rows, and no file.
+
+    Attributes:
+        rows: what the file held when the search began, and what came since.
+    """
+
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path, self.rows = path, rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row that rank 0 writes."""
+        self.rows.append(row)
+
+
+def shared_records(path: Path, exchange: Exchange) -> Records | RecordsOfRankZero:
+    """A file of records that rank 0 reads and writes, so that all ranks replay the same.
+
+    Raises:
+        CheckpointError: on rank 0, the file is damaged.
+    """
+    records = Records(path) if exchange.rank == 0 else None
+    rows = exchange.broadcast(records and records.rows)
+    return records or RecordsOfRankZero(path, rows)
+
+
 class RecordedScores:
-    """Scores candidates one by one and records each at once, so that a killed search loses at most one.
+    """Scores a generation at a time and records it at once, so that a killed search loses at most one.
 
     The search is replayed from the start on resuming; candidates that are on record are not scored again. A candidate
     that two phases meet is scored once.
     """
 
-    def __init__(self, records: Records, evaluator: Evaluator, space: Space, listener: Listener, budget: int) -> None:
+    def __init__(
+        self,
+        records: Records | RecordsOfRankZero,
+        evaluator: Callable[[Sequence[Architecture]], Sequence[Score]],
+        space: Space,
+        listener: Listener,
+        budget: int,
+    ) -> None:
         self.records, self.evaluator, self.space, self.listener, self.budget = (
             records,
             evaluator,
@@ -51,7 +86,7 @@ class RecordedScores:
         for number, row in enumerate(records.rows, 1):
             if not isinstance(row, dict) or not {"phase", "genes", "accuracy", "loss", "images"} <= set(row):
                 raise CheckpointError(f"{records.path}: line {number} is no scored candidate; the file is damaged")
-        self.known = {tuple(row["genes"]): Score(row["accuracy"], row["loss"], row["images"]) for row in records.rows}
+        self.known = {tuple(row["genes"]): _score(row) for row in records.rows}
 
     def phase(self, name: str) -> Callable[[Sequence[Architecture]], list[Score]]:
         """The scoring function of one phase; it must be asked for the same candidates as the time before."""
@@ -60,32 +95,37 @@ class RecordedScores:
         scored: list[Score] = []
 
         def score_all(archs: Sequence[Architecture]) -> list[Score]:
-            return [one(arch) for arch in archs]
-
-        def one(arch: Architecture) -> Score:
-            number = len(scored)
-            if number < len(recorded):
-                if tuple(recorded[number]["genes"]) != arch.genes:
+            first = len(scored)
+            for number, (arch, row) in enumerate(zip(archs, recorded[first:], strict=False), first):
+                if tuple(row["genes"]) != arch.genes:
                     raise CheckpointError(
                         f"{self.records.path}: candidate {number} of {name} is of another search; use another folder"
                     )
+            unknown = [arch for arch in archs if arch.genes not in self.known]
+            if unknown:
+                new = zip(unknown, self.evaluator(unknown), strict=True)
+                self.known.update({arch.genes: score for arch, score in new})
+            for arch in archs:
                 scored.append(self.known[arch.genes])
-                return scored[-1]
-            score = self.known.get(arch.genes) or self.evaluator([arch])[0]
-            self.known[arch.genes] = score
-            cost = self.space.cost(arch)
+                if len(scored) > len(recorded):
+                    record(arch)
+            return scored[first:]
+
+        def record(arch: Architecture) -> None:
             self.records.append(
                 {
                     "phase": name,
-                    "number": number,
+                    "number": len(scored) - 1,
                     "genes": list(arch.genes),
-                    **dataclasses.asdict(score),
-                    **dataclasses.asdict(cost),
+                    **dataclasses.asdict(scored[-1]),
+                    **dataclasses.asdict(self.space.cost(arch)),
                 }
             )
-            scored.append(score)
             best = max(scored, key=lambda s: s.accuracy)
-            self.listener.candidate(name, number + 1, self.budget, score, best)
-            return score
+            self.listener.candidate(name, len(scored), self.budget, scored[-1], best)
 
         return score_all
+
+
+def _score(row: dict[str, Any]) -> Score:
+    return Score(**{field.name: row[field.name] for field in dataclasses.fields(Score) if field.name in row})

@@ -1,7 +1,8 @@
 """When a choice block's modules can be run as one fused op, and running them so.
 
 The modules stay what they are: parameters, buffers and state-dict names do not change, and running statistics move as
-``torch.nn.BatchNorm2d`` moves them.
+``torch.nn.BatchNorm2d`` moves them. ``calibrate`` and ``infer`` leave even those alone: statistics go out and come in
+as tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from spos_fast import ops
@@ -82,34 +84,63 @@ def run(
         stride: of the block.
         mid: how many mid channels are used, the first ones; None for all. Running statistics move inside of the slice.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not x.numel() or not _fits(x):
+    block = match(plan, x, branch, projection, stride, mid)
+    if block is None:
         return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    if _has_any_global_hook() or any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
+    on_batch = [_on_batch_statistics(norm) for norm in block.norms]
+    if all(on_batch) and has_kernel(plan.op, x):
+        return _train(block, x)
+    if not any(on_batch) and not _wants_gradients(x, block) and has_kernel(f"{plan.op}_infer", x):
+        return infer(block, x, *_folded(block))
+    return None
+
+
+def match(
+    plan: Plan, x: Tensor, branch: nn.Sequential, projection: nn.Sequential | None, stride: int, mid: int | None = None
+) -> Block | None:
+    """The block's layers as its op takes them; None if the modules do something else than the op, or x is not for it.
+
+    Args: see :func:`run`. Whether there is a kernel, and which statistics the layers use, is not looked at.
+    """
+    if not takes(x):
         return None
     layers = [*branch, *(projection or ())]
     if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
-    if any(map(_changed, (branch, *layers))) or (projection is not None and _changed(projection)):
+    if any(map(changed, (branch, *layers))) or (projection is not None and changed(projection)):
         return None
     convolutions = [layer for layer in layers if type(layer) is _CONV]
-    if not all(itertools.starmap(_usual, zip(convolutions, plan.strides(stride, projection), strict=True))):
+    if not all(itertools.starmap(usual, zip(convolutions, plan.strides(stride, projection), strict=True))):
         return None
     norms = [layer for layer in layers if type(layer) is _NORM]
     weights = [layer.weight for layer in convolutions]
     if len({(norm.eps, norm.affine) for norm in norms}) > 1 or not all(w.dtype == torch.float32 for w in weights):
         return None
-    on_batch = [_on_batch_statistics(norm) for norm in norms]
-    block = _Block(plan, norms, weights, stride, mid)
-    if all(on_batch) and _has_kernel(plan.op, x):
-        return _train(block, x)
-    if not any(on_batch) and not _wants_gradients(x, block) and _has_kernel(f"{plan.op}_infer", x):
-        return _infer(block, x)
-    return None
+    return Block(plan, norms, weights, stride, mid)
 
 
-class _Block(NamedTuple):
+def match_pointwise(layers: nn.Sequential, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The convolution and the normalisation of pointwise convolution, BN, ReLU; None if the modules are others, do
+    something else than the ops, or x is not for those.
+    """
+    if not takes(x) or tuple(map(type, layers)) != (_CONV, _NORM, _RELU) or any(map(changed, (layers, *layers))):
+        return None
+    convolution, norm = cast("nn.Conv2d", layers[0]), cast("nn.BatchNorm2d", layers[1])
+    if convolution.weight.dtype != torch.float32 or not usual(convolution, (False, 1)):
+        return None
+    return convolution, norm
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the ops stand in for modules on x: channels-last images, nothing that wants to see the modules run."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not x.numel() or not _fits(x):
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not _has_any_global_hook() and all(kind.forward is forward for kind, forward in _FORWARDS.items())
+
+
+class Block(NamedTuple):
     """A block's layers: main branch, then projection."""
 
     plan: Plan
@@ -130,14 +161,23 @@ class _Block(NamedTuple):
 
     def widths(self) -> list[int]:
         """Channels that are used of every normalisation layer."""
-        sliced = itertools.chain(self.plan.sliced, itertools.repeat(False))
-        return [
-            self.mid if self.mid is not None and inner else norm.num_features
-            for norm, inner in zip(self.norms, sliced, strict=False)
-        ]
+        return widths(self.plan, self.norms, self.mid)
 
 
-def _train(block: _Block, x: Tensor) -> Tensor:
+def widths(plan: Plan, norms: Sequence[_BatchNorm], mid: int | None) -> list[int]:
+    """How many channels a block uses of each of its normalisation layers, main branch before projection."""
+    sliced = itertools.chain(plan.sliced, itertools.repeat(False))
+    pairs = zip(norms, sliced, strict=False)
+    return [mid if mid is not None and inner else norm.num_features for norm, inner in pairs]
+
+
+def calibrate(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The block on batch statistics, which are handed out instead of moving the running ones.
+
+    Returns:
+        The output; mean and variance (divided by the count) in front of the normalisation layers, both [normalised],
+        one layer behind the other; for every layer how many values a channel has.
+    """
     widths, norms = block.widths(), block.norms
     gamma = _joined([norm.weight for norm in norms], widths) if norms[0].affine else None
     beta = _joined([norm.bias for norm in norms], widths) if norms[0].affine else None
@@ -145,11 +185,16 @@ def _train(block: _Block, x: Tensor) -> Tensor:
     counts = [made.out.shape[0] * made.out.shape[2] * made.out.shape[3]] * len(norms)
     for position in range(block.plan.depthwise.index(True)):  # layers in front of the stride
         counts[position] = x.shape[0] * x.shape[2] * x.shape[3]
-    move_statistics(norms, made.mean.split(widths), made.var.split(widths), counts)
-    return cast(Tensor, made.out)
+    return made.out, made.mean, made.var, counts
 
 
-def _infer(block: _Block, x: Tensor) -> Tensor:
+def infer(block: Block, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The block with a scale and a shift, both [normalised], in place of its normalisation layers."""
+    return cast(Tensor, getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, **block.keywords()))
+
+
+def _folded(block: Block) -> tuple[Tensor, Tensor]:
+    """The running statistics as a scale and a shift."""
     widths, norms = block.widths(), block.norms
     scale = (_joined([norm.running_var for norm in norms], widths) + norms[0].eps).rsqrt()
     if norms[0].affine:
@@ -157,7 +202,13 @@ def _infer(block: _Block, x: Tensor) -> Tensor:
     shift = -_joined([norm.running_mean for norm in norms], widths) * scale
     if norms[0].affine:
         shift = shift + _joined([norm.bias for norm in norms], widths)
-    return cast(Tensor, getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, **block.keywords()))
+    return scale, shift
+
+
+def _train(block: Block, x: Tensor) -> Tensor:
+    out, mean, var, counts = calibrate(block, x)
+    move_statistics(block.norms, mean.split(block.widths()), var.split(block.widths()), counts)
+    return out
 
 
 @torch.no_grad()
@@ -206,12 +257,13 @@ def _fits(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-def _has_kernel(op: str, x: Tensor) -> bool:
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether x's device has a kernel for the op, rather than the reference in plain PyTorch."""
     choice = OPS[op].choices.get(x.device.type)
     return choice is not None and choice.kernel != "reference"
 
 
-def _wants_gradients(x: Tensor, block: _Block) -> bool:
+def _wants_gradients(x: Tensor, block: Block) -> bool:
     if not torch.is_grad_enabled():
         return False
     affine = [value for norm in block.norms if norm.affine for value in (norm.weight, norm.bias)]
@@ -222,7 +274,7 @@ def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _usual(convolution: nn.Conv2d, expected: tuple[bool, int]) -> bool:
+def usual(convolution: nn.Conv2d, expected: tuple[bool, int]) -> bool:
     """Whether a convolution is as the units make it; its attributes may have been changed, or another put in place."""
     depthwise, stride = expected
     channels, _, *kernel = convolution.weight.shape
@@ -239,7 +291,7 @@ def _usual(convolution: nn.Conv2d, expected: tuple[bool, int]) -> bool:
     )
 
 
-def _changed(module: nn.Module) -> bool:
+def changed(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it a forward of its own."""
     own = vars(module)
     return "forward" in own or any(own[hooks] for hooks in _HOOKS)

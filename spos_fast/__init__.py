@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from spos_fast.architecture import Architecture
     from spos_fast.calibration import recalibrate
     from spos_fast.distributed_evaluation import DistributedEvaluator
+    from spos_fast.early_stopping import EarlyStopping
     from spos_fast.errors import CheckpointError, InputError, RankError
     from spos_fast.evaluation import Evaluator, Score, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
@@ -30,6 +31,7 @@ _HOME = {
     "Constraint": "sampling",
     "Cost": "spaces",
     "DistributedEvaluator": "distributed_evaluation",
+    "EarlyStopping": "early_stopping",
     "Evaluator": "evaluation",
     "InputError": "errors",
     "Metrics": "training",
@@ -55,6 +57,7 @@ __all__ = [
     "Constraint",
     "Cost",
     "DistributedEvaluator",
+    "EarlyStopping",
     "Evaluator",
     "InputError",
     "Metrics",

@@ -25,7 +25,7 @@ class DistributedEvaluator:
 
     Args:
         evaluator: scores this rank's part, e.g. a :class:`spos_fast.Evaluator`; every rank has the same weights and
-            images.
+            images. Its ``early_stopping``, if it has one, learns the scores of all ranks.
         space: weighs the parts by the MACs of their layers; without it all layers weigh the same.
         exchange: connection to the other ranks; default one of its own.
     """
@@ -63,7 +63,11 @@ class DistributedEvaluator:
             for part, answer in zip(parts, answers, strict=True)
             for number, row in zip(part, answer["scores"], strict=True)
         }
-        return [by_number[number] for number in range(len(archs))]
+        result = [by_number[number] for number in range(len(archs))]
+        early_stopping = getattr(self.evaluator, "early_stopping", None)
+        if early_stopping is not None:
+            early_stopping.learn(archs, result)  # the evaluator itself knows this rank's part only
+        return result
 
 
 def share_out(archs: Sequence[Architecture], parts: int, space: Space | None = None) -> list[list[int]]:

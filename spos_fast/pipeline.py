@@ -22,6 +22,7 @@ from spos_fast.checkpoint import Records, load_checkpoint, read_json, write_json
 from spos_fast.config import Config, RetrainConfig, SupernetConfig
 from spos_fast.data import DataSource
 from spos_fast.distributed_evaluation import DistributedEvaluator
+from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
 from spos_fast.evolution import SearchResult, evolve, random_search
@@ -176,6 +177,7 @@ def search(job: Job) -> dict[str, SearchResult]:
     records = shared_records(folder / "candidates.jsonl", job.exchange)
     net = load_supernet(job)
     _require_same_start(net, config, job.exchange)
+    stopping = EarlyStopping(settings.top_k, settings.early_stopping) if settings.early_stopping else None
     evaluator = Evaluator(
         net,
         job.source.calibration(
@@ -188,10 +190,11 @@ def search(job: Job) -> dict[str, SearchResult]:
         mode=settings.bn_mode,  # type: ignore[arg-type]
         calibration_batch=settings.calibration_batch,
         batch_size=settings.batch_size,
+        early_stopping=stopping,
     )
     shared = DistributedEvaluator(evaluator, space=job.space, exchange=job.exchange)
     budget = settings.population * (settings.generations + 1)
-    scores = RecordedScores(records, shared, job.space, job.listener, budget)
+    scores = RecordedScores(records, shared, job.space, job.listener, budget, stopping)
     results = {}
     results["evolution"] = evolve(
         job.space,

@@ -10,6 +10,7 @@ from typing import Any
 from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import Records
 from spos_fast.distributed import Exchange
+from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import CheckpointError
 from spos_fast.evaluation import Score
 from spos_fast.spaces import Space
@@ -65,7 +66,7 @@ class RecordedScores:
     """Scores a generation at a time and records it at once, so that a killed search loses at most one.
 
     The search is replayed from the start on resuming; candidates that are on record are not scored again. A candidate
-    that two phases meet is scored once.
+    that two phases meet is scored once, unless it was stopped early: every phase has a bar of its own.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class RecordedScores:
         space: Space,
         listener: Listener,
         budget: int,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         self.records, self.evaluator, self.space, self.listener, self.budget = (
             records,
@@ -86,13 +88,20 @@ class RecordedScores:
         for number, row in enumerate(records.rows, 1):
             if not isinstance(row, dict) or not {"phase", "genes", "accuracy", "loss", "images"} <= set(row):
                 raise CheckpointError(f"{records.path}: line {number} is no scored candidate; the file is damaged")
-        self.known = {tuple(row["genes"]): _score(row) for row in records.rows}
+        self.early_stopping = early_stopping
+        # Of all phases; without candidates that were stopped early.
+        self.completed: dict[tuple[int, ...], Score] = {}
+        for row in records.rows:
+            self._keep(tuple(row["genes"]), _score(row))
 
     def phase(self, name: str) -> Callable[[Sequence[Architecture]], list[Score]]:
         """The scoring function of one phase; it must be asked for the same candidates as the time before."""
         recorded = [row for row in self.records.rows if row["phase"] == name]
         self.listener.resumed(name, len(recorded), self.budget)
+        known = {tuple(row["genes"]): _score(row) for row in recorded}
         scored: list[Score] = []
+        if self.early_stopping is not None:
+            self.early_stopping.forget()
 
         def score_all(archs: Sequence[Architecture]) -> list[Score]:
             first = len(scored)
@@ -101,14 +110,17 @@ class RecordedScores:
                     raise CheckpointError(
                         f"{self.records.path}: candidate {number} of {name} is of another search; use another folder"
                     )
-            unknown = [arch for arch in archs if arch.genes not in self.known]
+            unknown = [arch for arch in archs if arch.genes not in known and arch.genes not in self.completed]
             if unknown:
-                new = zip(unknown, self.evaluator(unknown), strict=True)
-                self.known.update({arch.genes: score for arch, score in new})
+                for arch, score in zip(unknown, self.evaluator(unknown), strict=True):
+                    known[arch.genes] = score
+                    self._keep(arch.genes, score)
             for arch in archs:
-                scored.append(self.known[arch.genes])
+                scored.append(known.get(arch.genes) or self.completed[arch.genes])
                 if len(scored) > len(recorded):
                     record(arch)
+            if self.early_stopping is not None:
+                self.early_stopping.learn(archs, scored[first:])
             return scored[first:]
 
         def record(arch: Architecture) -> None:
@@ -125,6 +137,10 @@ class RecordedScores:
             self.listener.candidate(name, len(scored), self.budget, scored[-1], best)
 
         return score_all
+
+    def _keep(self, genes: tuple[int, ...], score: Score) -> None:
+        if not score.stopped:
+            self.completed[genes] = score
 
 
 def _score(row: dict[str, Any]) -> Score:

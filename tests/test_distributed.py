@@ -84,7 +84,8 @@ def test_ranks_that_read_different_checkpoints_are_refused(tmp_path):
 def test_the_command_line_under_torchrun(tmp_path):
     """``torchrun -m spos_fast``: training on both ranks, written once; the whole demo resumes it, up to the report."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spos_fast"]
-    sizes = ["--space.stage_channels", "16,32", "--space.stage_repeats", "1,1", "--space.stage_strides", "1,2"]
+    sizes = ["--space.stem_channels", "8", "--space.stage_channels", "16", "--space.stage_repeats", "2"]
+    sizes += ["--space.stage_strides", "2"]
     flags = ["--folder", str(tmp_path / "run"), "--config", "digits", "--train.steps", "4", "--no-tensorboard", *sizes]
     search = ["--search.population", "3", "--search.generations", "0", "--search.crossover", "0"]
     search += ["--search.mutation", "0", "--search.calibration_images", "64"]

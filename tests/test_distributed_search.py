@@ -58,11 +58,12 @@ PROGRAM = textwrap.dedent("""
             return calls[-1]
         Evaluator.__call__ = scored
 
-    def search(folder, victim=None):
+    def search(folder, victim=None, more=()):
         def work(rank):
             if rank == victim:
                 die(3)
-            return main(["search", "--folder", f"{root}/{folder}", "--rank-timeout", "1", "--threads", "1", *flags[1:]])
+            return main(["search", "--folder", f"{root}/{folder}", "--rank-timeout", "1", "--threads", "1", *flags[1:],
+                         *more])
         return work
 
     def evaluate(kind):
@@ -86,15 +87,17 @@ PROGRAM = textwrap.dedent("""
     report = {kind: job(2, evaluate(kind)) for kind in ("agree", "raise", "leave", "other")}
     os.environ.pop("WORLD_SIZE", None)
     assert job(1, lambda rank: main(["train", "--folder", f"{root}/alone", "--threads", "1", *json.loads(flags[0])]))
-    for name in ("two", "second_dies", "first_dies"):
+    for name in ("two", "second_dies", "stopping", "first_dies"):
         shutil.copytree(f"{root}/alone", f"{root}/{name}")
     report["alone"] = job(1, search("alone"))
     report["two"] = job(2, search("two"))
-    for victim, name in ((1, "second_dies"), (0, "first_dies")):
-        report[name] = job(2, search(name, victim))
+    stopping = ["--search.early_stopping", "0.5", "--search.batch_size", "16", "--search.top_k", "1"]
+    report["stopping"] = job(1, search("stopping", more=stopping))
+    for victim, name, more in ((1, "second_dies", ()), (0, "first_dies", stopping)):
+        report[name] = job(2, search(name, victim, more))
         with open(f"{root}/{name}/search/candidates.jsonl") as file:
             report[name + "_rows"] = len(file.readlines())
-        report[name + "_again"] = job(2, search(name))
+        report[name + "_again"] = job(2, search(name, more=more))
     nothing = ["--search.population", "1", "--search.crossover", "0", "--search.mutation", "0"]
     report["idle_rank"] = job(2, lambda rank: main(["demo", "--folder", f"{root}/none", *nothing]))
     print(json.dumps(report))
@@ -134,16 +137,19 @@ def _found(jobs, folder):
 
 def test_two_ranks_find_what_one_process_finds(jobs):
     """Every record and result, byte for byte; each candidate once, written by rank 0 alone."""
-    assert [code for code, *_ in jobs["alone"] + jobs["two"]] == [0, 0, 0]
+    assert [code for code, *_ in jobs["alone"] + jobs["two"] + jobs["stopping"]] == [0, 0, 0, 0]
     alone = _found(jobs, "alone")
     assert len(alone) == 4 and len(alone["candidates.jsonl"].splitlines()) == 2 * 5 * 4
     assert _found(jobs, "two") == alone
 
 
-@pytest.mark.parametrize(("folder", "survivor", "says"), [("second_dies", 0, "rank 1"), ("first_dies", 1, "rank 0")])
-def test_a_killed_rank_is_named_and_the_search_goes_on(jobs, folder, survivor, says):
-    """SIGKILL in the third generation: an error on the other rank soon after; the same command then ends as if
-    undisturbed."""
+@pytest.mark.parametrize(
+    ("folder", "survivor", "says", "undisturbed"),
+    [("second_dies", 0, "rank 1", "alone"), ("first_dies", 1, "rank 0", "stopping")],
+)
+def test_a_killed_rank_is_named_and_the_search_goes_on(jobs, folder, survivor, says, undisturbed):
+    """SIGKILL in the third generation: an error on the other rank soon after; the same command then ends as in one
+    process that nothing disturbed, with early stopping too."""
     ranks = jobs[folder]
     assert ranks[1 - survivor] is None
     code, error, seconds = ranks[survivor]
@@ -151,7 +157,9 @@ def test_a_killed_rank_is_named_and_the_search_goes_on(jobs, folder, survivor, s
     assert seconds < 30
     assert jobs[f"{folder}_rows"] == 10
     assert [code for code, *_ in jobs[f"{folder}_again"]] == [0, 0]
-    assert _found(jobs, folder) == _found(jobs, "alone")
+    found = _found(jobs, folder)
+    assert found == _found(jobs, undisturbed)
+    assert (b'"stopped": true' in found["candidates.jsonl"]) == (undisturbed == "stopping")
 
 
 def test_scores_come_back_in_the_given_order_on_every_rank(jobs):

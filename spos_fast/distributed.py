@@ -172,13 +172,16 @@ class Exchange:
         signs: dict[int, tuple[int, float]] = {}
         pause, looked = _FIRST_PAUSE, -float("inf")
         while not self._store.check(keys):
-            if self._store.check(["failed"]):
-                raise RankError(self._store.get("failed").decode())
+            self._raise_failure()
             if time.monotonic() - looked > min(1.0, self.timeout / 10):
                 self._look_for_life(keys, signs)
                 looked = time.monotonic()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _raise_failure(self) -> None:
+        if self._store.check(["failed"]):
+            raise RankError(self._store.get("failed").decode())
 
     def _look_for_life(self, keys: list[str], signs: dict[int, tuple[int, float]]) -> None:
         """Raise if a rank whose key is missing has left, or has given no sign of life for too long.
@@ -194,6 +197,7 @@ class Exchange:
             if self._store.check([key]):
                 continue
             if left:
+                self._raise_failure()  # a rank that fails says so before it leaves
                 raise RankError(f"rank {other} has ended while other ranks wait for it")
             count = self._store.add(f"alive/{other}", 0)
             before, since = signs.get(other, (-1, now))

@@ -104,10 +104,10 @@ PROGRAM = textwrap.dedent("""
 """)
 
 TRAIN = [
-    "--config", "digits", "--no-tensorboard", "--device", "cpu", "--data.validation", "0.05",
+    "--config", "digits", "--no-tensorboard", "--device", "cpu", "--data.validation", "0.1",
     "--space.stem_channels", "8", "--space.stage_channels", "16,32", "--space.stage_repeats", "2,2",
     "--space.stage_strides", "1,2", "--space.head_channels", "32",
-    "--train.steps", "20", "--train.batch_size", "32",
+    "--train.steps", "100", "--train.batch_size", "32", "--space.init", "pytorch",
 ]  # fmt: skip
 SEARCH = [
     "--search.population", "5", "--search.generations", "3", "--search.crossover", "2", "--search.mutation", "2",

@@ -19,7 +19,7 @@ from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
 from spos_fast.nn.parts import Folded, HeadPart, Moments, Part
-from spos_fast.prefix_tree import Node, Route, build, walk
+from spos_fast.prefix_tree import Node, Parts, Route, build, walk
 from spos_fast.running import RunningStatistics
 from spos_fast.supernet import Supernet
 
@@ -115,10 +115,8 @@ class Evaluator:
         self.calibration, self.validation = calibration, validation
         self.calibration_batch, self.batch_size = calibration_batch, batch_size
         self.memory, self.stacked, self.early_stopping = memory, stacked, early_stopping
-        self._highest_label = int(validation.labels.max())
-        self._stem, self._head = Part(net.first_conv), HeadPart(net.conv_last, _Classifier(net))
         self._probe = Probe()
-        self._blocks: list[dict[tuple[int, int], Part]] = [{} for _ in net.features]
+        self._labels_checked = False
 
     def __call__(self, archs: Sequence[Architecture]) -> list[Score]:
         """Scores of the architectures, in their order. One that occurs twice is scored once.
@@ -131,6 +129,9 @@ class Evaluator:
         routes = [tuple(self.net.route(arch)) for arch in archs]
         different = list(dict.fromkeys(routes))
         with torch.no_grad(), _evaluation_mode(self.net):
+            if archs and not self._labels_checked:
+                _check_labels(self.validation.labels, self.net(self._few_images(), archs[0]))
+                self._labels_checked = True
             scores = dict(zip(different, self._score(different), strict=True))
         result = [scores[route] for route in routes]
         if self.early_stopping is not None:
@@ -141,19 +142,21 @@ class Evaluator:
         """Scores of different routes."""
         if not routes:
             return []
-        for layer, parts in enumerate(self._blocks):
-            for choice, mid in {route[layer] for route in routes}:
-                if (choice, mid) not in parts:
-                    parts[choice, mid] = Part(self.net.features[layer][choice], mid)  # type: ignore[index]
-        shared, width = self._plan(routes)
-        if shared < 0:
-            return [score for route in routes for score in self._score_tree([route], 0, 1)]
-        return self._score_tree(routes, shared, width)
+        net = self.net
+        blocks = [
+            {(choice, mid): Part(candidates[choice], mid) for choice, mid in {route[layer] for route in routes}}  # type: ignore[index]
+            for layer, candidates in enumerate(net.features)
+        ]
+        parts = Parts(Part(net.first_conv), blocks, HeadPart(net.conv_last, _Classifier(net)))
+        shared, width = self._plan(parts, len(routes))
+        if shared is None:
+            return [score for route in routes for score in self._score_tree(parts, [route], 0, width)]
+        return self._score_tree(parts, routes, shared, width)
 
-    def _score_tree(self, routes: Sequence[Route], shared: int, width: int) -> list[Score]:
-        root = build(self._stem, self._blocks, self._head, routes, shared)
+    def _score_tree(self, parts: Parts, routes: Sequence[Route], shared: int, width: int) -> list[Score]:
+        root = build(parts, routes, shared)
         paths = root.paths()
-        nodes = list(dict.fromkeys(node for path in paths.values() for node in path))
+        nodes = list(dict.fromkeys(node for path in paths for node in path))
         statistics = RunningStatistics([node.part for node in nodes], self.mode, self.calibration.pixels.device)
         if any(statistics.sizes):
             for images in self._calibration_batches():
@@ -164,54 +167,36 @@ class Evaluator:
         tally = _Tally(len(routes), self.validation.labels.device)
         seen, total = 0, len(self.validation)
         for images, labels in self._validation_batches():
-            walk(root, images, partial(self._validate, folded, tally, labels), width)
+            walk(root, images, partial(_validate, folded, tally, labels), width)
             seen += len(labels)
             if self.early_stopping is not None and seen < total:
                 looks = -(-total // self.batch_size) - 1
                 if not root.prune(self.early_stopping.alive(tally.correct, seen, total, looks).tolist()):
                     break
         sound = dict(zip(nodes, statistics.finite().tolist(), strict=True))
-        return tally.scores(total, [all(sound[n] for n in paths[leaf]) for leaf in range(len(routes))])
+        return tally.scores(total, [all(sound[node] for node in path) for path in paths])
 
-    def _validate(
-        self,
-        folded: dict[Node, Folded],
-        tally: _Tally,
-        labels: Tensor,
-        nodes: Sequence[Node],
-        inputs: Sequence[Tensor],
-    ) -> list[Tensor | None]:
-        outputs: list[Tensor | None] = []
-        for node, x in zip(nodes, inputs, strict=True):
-            out = node.part.infer(x, folded[node])
-            if node.leaf is not None:
-                _check_labels(self._highest_label, out)
-                tally.add(node.leaf, out, labels)
-            outputs.append(out if node.leaf is None else None)
-        return outputs
-
-    def _plan(self, routes: Sequence[Route]) -> tuple[int, int]:
-        """How many blocks of a prefix may be shared (-1: not even the stem), and how many nodes run together."""
+    def _plan(self, parts: Parts, routes: int) -> tuple[int | None, int]:
+        """How many blocks of a prefix may be shared (None: not even the stem), and how many nodes run together."""
         device = self.calibration.pixels.device
         budget = int(free_memory(device) * _SHARE) if self.memory is None else self.memory
         batches = -(-len(self.calibration) // self.calibration_batch)
         images = max(-(-len(self.calibration) // batches), min(self.batch_size, len(self.validation)))
-        layers = [[parts[key] for key in {r[layer] for r in routes}] for layer, parts in enumerate(self._blocks)]
-        few = self.calibration.normalization(self.calibration.pixels[:2])
-        held, working = self._probe.needs([[self._stem], *layers, [self._head]], few).of(images)
+        made, working = self._probe.needs(parts, self._few_images()).of(images)
         if self.memory is not None and working > budget:
             raise InputError(
                 f"memory: got {budget:,} bytes; a batch of {images} images needs about {working:,}; give more, or "
                 "lower calibration_batch and batch_size"
             )
         stacked = device.type != "cpu" if self.stacked is None else self.stacked
-        width = min(budget // (sum(held) + working), len(routes) if stacked else 1)
+        width = min(budget // (sum(made) + working), routes if stacked else 1)
         if width >= 1:
-            return len(self._blocks), width
-        shared = len(held) - 1
-        while shared >= 0 and sum(held[: shared + 1]) + working > budget:
-            shared -= 1
-        return shared, 1
+            return len(parts.blocks), width
+        fitting = [depth for depth in range(len(made)) if sum(made[: depth + 1]) + working <= budget]
+        return max(fitting, default=None), 1
+
+    def _few_images(self) -> Tensor:
+        return self.calibration.normalization(self.calibration.pixels[:2])
 
     def _calibration_batches(self) -> Iterator[Tensor]:
         pixels, normalize = self.calibration.pixels, self.calibration.normalization
@@ -244,7 +229,7 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Sc
         for pixels, labels in batches:
             logits = network(pixels)
             if tally is None:
-                _check_labels(int(labels.max()), logits)
+                _check_labels(labels, logits)
                 tally = _Tally(1, logits.device)
             tally.add(0, logits, labels)
             images += len(labels)
@@ -288,7 +273,20 @@ class _Tally:
         ]
 
 
-def _check_labels(highest: int, logits: Tensor) -> None:
+def _validate(
+    folded: dict[Node, Folded], tally: _Tally, labels: Tensor, nodes: Sequence[Node], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    outputs: list[Tensor | None] = []
+    for node, x in zip(nodes, inputs, strict=True):
+        out = node.part.infer(x, folded[node])
+        if node.leaf is not None:
+            tally.add(node.leaf, out, labels)
+        outputs.append(out if node.leaf is None else None)
+    return outputs
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    highest = int(labels.max())
     if highest >= logits.shape[1]:
         raise InputError(f"labels: there is a class {highest}; the network gives {logits.shape[1]} logits")
 

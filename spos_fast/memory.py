@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spos_fast.nn.parts import Part
+from spos_fast.prefix_tree import Parts
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -69,27 +69,28 @@ class Needs(NamedTuple):
 
 
 class Probe:
-    """Measures parts on a few images, each once."""
+    """Measures parts on a few images, each module and width once."""
 
     def __init__(self) -> None:
-        self._known: dict[Part, tuple[int, int]] = {}
+        self._known: dict[tuple[nn.Module, int | None], tuple[int, int]] = {}
 
-    def needs(self, levels: Sequence[Sequence[Part]], images: Tensor) -> Needs:
-        """What paths of these parts need.
+    def needs(self, parts: Parts, images: Tensor) -> Needs:
+        """What any path of these parts needs.
 
         Args:
-            levels: stem, every block's parts, head.
+            parts: at every depth.
             images: what goes into the stem, a few of them.
         """
-        held, working, x = [], 0, images
-        for parts in levels:
-            for part in parts[1:]:
-                if part not in self._known:
+        made, working, x = [], 0, images
+        for level in parts.levels:
+            for part in level[1:]:
+                if part.key not in self._known:
                     self._measure(part, x)
-            x = self._measure(parts[0], x)
-            held.append(max(self._known[part][0] for part in parts))
-            working = max(working, *(self._known[part][1] for part in parts))
-        return Needs(held[:-1], working)
+            x = self._measure(level[0], x)
+            known = [self._known[part.key] for part in level]
+            made.append(max(out for out, _ in known))
+            working = max(working, *(need for _, need in known))
+        return Needs(made[:-1], working)
 
     def _measure(self, part: Part, x: Tensor) -> Tensor:
         out, moments = part.calibrate(x)
@@ -97,5 +98,5 @@ class Probe:
         pairs = zip(part.widths, moments.counts, strict=True)
         convolved = sum(width * count for width, count in pairs) * x.element_size()
         total = x.numel() * x.element_size() + convolved + made
-        self._known[part] = -(-made // len(x)), -(-total // len(x))
+        self._known[part.key] = -(-made // len(x)), -(-total // len(x))
         return x if out is None else out

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
-from spos_fast.nn.parts import Part
+from spos_fast.nn.parts import HeadPart, Part
 
 Route = tuple[tuple[int, int], ...]
 
@@ -31,8 +32,8 @@ class Node:
     children: list[Node] = field(default_factory=list)
     leaf: int | None = None
 
-    def paths(self) -> dict[int, list[Node]]:
-        """For every leaf the nodes from here to there."""
+    def paths(self) -> list[list[Node]]:
+        """For every leaf, by its number, the nodes from here to there."""
         found: dict[int, list[Node]] = {}
         waiting: list[tuple[Node, list[Node]]] = [(self, [])]
         while waiting:
@@ -41,7 +42,7 @@ class Node:
             if node.leaf is not None:
                 found[node.leaf] = path
             waiting += [(child, path) for child in node.children]
-        return found
+        return [found[leaf] for leaf in sorted(found)]
 
     def prune(self, alive: Sequence[bool]) -> bool:
         """Take away what only leads to leaves that do not live; whether anything is left."""
@@ -51,27 +52,42 @@ class Node:
         return bool(self.children)
 
 
-def build(
-    stem: Part, blocks: Sequence[dict[tuple[int, int], Part]], head: Part, routes: Sequence[Route], shared: int
-) -> Node:
-    """The tree of different routes.
+class Parts(NamedTuple):
+    """What paths consist of.
 
-    Args:
+    Attributes:
         stem: what all begin with.
         blocks: for every layer the part of each candidate and width.
         head: what all end with.
+    """
+
+    stem: Part
+    blocks: list[dict[tuple[int, int], Part]]
+    head: HeadPart
+
+    @property
+    def levels(self) -> list[list[Part]]:
+        """Those at every depth of the tree."""
+        return [[self.stem], *(list(layer.values()) for layer in self.blocks), [self.head]]
+
+
+def build(parts: Parts, routes: Sequence[Route], shared: int) -> Node:
+    """The tree of different routes.
+
+    Args:
+        parts: what they run through.
         routes: candidate and width for every layer; no two are equal.
-        shared: blocks up to here are shared; behind, every route has nodes of its own.
+        shared: the stem and so many blocks are shared; behind, every route has nodes of its own.
 
     Returns:
         The root. Leaves are numbered as the routes.
     """
-    root = Node(stem)
+    root = Node(parts.stem)
     places: dict[tuple[tuple[int, int], ...], Node] = {}
     # In order, so that the tree does not depend on the order of the routes.
     for leaf in sorted(range(len(routes)), key=lambda index: routes[index]):
         node, route = root, routes[leaf]
-        for depth, (layer, choice) in enumerate(zip(blocks, route, strict=True), 1):
+        for depth, (layer, choice) in enumerate(zip(parts.blocks, route, strict=True), 1):
             prefix = route[:depth]
             below = places.get(prefix) if depth <= shared else None
             if below is None:
@@ -79,7 +95,7 @@ def build(
                 node.children.append(below)
                 places[prefix] = below
             node = below
-        node.children.append(Node(head, leaf=leaf))
+        node.children.append(Node(parts.head, leaf=leaf))
     return root
 
 

@@ -44,21 +44,23 @@ class Stage(NamedTuple):
 def shuffle_unit(
     x: Tensor, pw1: Tensor, dw: Tensor, pw2: Tensor, proj_dw: Tensor | None, proj_pw: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, mid: int, width: Tensor | None, stride: int = 1, eps: float = 1e-5,
-    save: bool = True,
+    save: bool = True, groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """ShuffleNetV2 unit in training: out, saved, mean, var; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=True)
+    unit = make_unit(
+        shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=True, groups=groups
+    )
     return _forward(unit, width, gamma, beta, eps, save)
 
 
 def xception_unit(
     x: Tensor, dw1: Tensor, pw1: Tensor, dw2: Tensor, pw2: Tensor, dw3: Tensor, pw3: Tensor,
     proj_dw: Tensor | None, proj_pw: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mid: int,
-    width: Tensor | None, stride: int = 1, eps: float = 1e-5, save: bool = True,
+    width: Tensor | None, stride: int = 1, eps: float = 1e-5, save: bool = True, groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Xception unit in training: out, saved, mean, var; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=True)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=True, groups=groups)
     return _forward(unit, width, gamma, beta, eps, save)
 
 
@@ -85,21 +87,23 @@ def xception_unit_backward(
 
 def shuffle_unit_infer(
     x: Tensor, pw1: Tensor, dw: Tensor, pw2: Tensor, proj_dw: Tensor | None, proj_pw: Tensor | None,
-    scale: Tensor | None, shift: Tensor, mid: int, width: Tensor | None, stride: int = 1,
+    scale: Tensor | None, shift: Tensor, mid: int, width: Tensor | None, stride: int = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """ShuffleNetV2 unit with a scale and a shift in place of every batch norm; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=False)
+    unit = make_unit(
+        shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=False, groups=groups
+    )
     return _infer(unit, width, scale, shift)
 
 
 def xception_unit_infer(
     x: Tensor, dw1: Tensor, pw1: Tensor, dw2: Tensor, pw2: Tensor, dw3: Tensor, pw3: Tensor,
     proj_dw: Tensor | None, proj_pw: Tensor | None, scale: Tensor | None, shift: Tensor, mid: int,
-    width: Tensor | None, stride: int = 1,
+    width: Tensor | None, stride: int = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """Xception unit with a scale and a shift in place of every batch norm; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=False)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=False, groups=groups)
     return _infer(unit, width, scale, shift)
 
 
@@ -108,6 +112,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_vector("gamma", gamma, unit)
     check_vector("beta", beta, unit)
+    if unit.groups > 1:
+        images, *vectors = zip(*(_forward(run, width, gamma, beta, eps, save) for run in unit.runs()), strict=True)
+        saved, mean, var = map(torch.stack, vectors)
+        return _last(torch.cat(images)), saved, mean, var
     mean, var, scale, shift = (unit.x.new_empty(unit.normalised, dtype=wide(unit.x)) for _ in range(4))
     means, variances, scales, shifts, gammas, betas = _cut(unit, mean, var, scale, shift, gamma, beta)
     saved = unit.x.new_empty(unit.saved_size if save else 0)
@@ -217,8 +225,12 @@ def _gradients(
 
 
 def _infer(unit: Unit, width: Tensor | None, scale: Tensor | None, shift: Tensor) -> Tensor:
-    check_vector("scale", scale, unit)
-    check_vector("shift", shift, unit)
+    check_vector("scale", scale, unit, grouped=True)
+    check_vector("shift", shift, unit, grouped=True)
+    if unit.groups > 1:
+        scales_of = [None] * unit.groups if scale is None else scale
+        runs = zip(unit.runs(), scales_of, shift, strict=True)
+        return _last(torch.cat([_infer(run, width, *vectors) for run, *vectors in runs]))
     scales, shifts = _cut(unit, scale, shift)
     out = image(unit.x, *unit.out_shape[1:])
     front, back = matrix(out)[:, : unit.beside], matrix(out)[:, unit.beside :]

@@ -84,7 +84,7 @@ def run(
         stride: of the block.
         mid: how many mid channels are used, the first ones; None for all. Running statistics move inside of the slice.
     """
-    block = match(plan, x, branch, projection, stride, mid)
+    block = match(plan, branch, projection, stride, mid) if takes(x) else None
     if block is None:
         return None
     on_batch = [_on_batch_statistics(norm) for norm in block.norms]
@@ -96,14 +96,12 @@ def run(
 
 
 def match(
-    plan: Plan, x: Tensor, branch: nn.Sequential, projection: nn.Sequential | None, stride: int, mid: int | None = None
+    plan: Plan, branch: nn.Sequential, projection: nn.Sequential | None, stride: int, mid: int | None = None
 ) -> Block | None:
-    """The block's layers as its op takes them; None if the modules do something else than the op, or x is not for it.
+    """The block's layers as its op takes them; None if the modules do something else than the op.
 
-    Args: see :func:`run`. Whether there is a kernel, and which statistics the layers use, is not looked at.
+    Args: see :func:`run`. Whether the op takes the images (:func:`takes`) and has a kernel for them is not looked at.
     """
-    if not takes(x):
-        return None
     layers = [*branch, *(projection or ())]
     if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
@@ -119,11 +117,11 @@ def match(
     return Block(plan, norms, weights, stride, mid)
 
 
-def match_pointwise(layers: nn.Sequential, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-    """The convolution and the normalisation of pointwise convolution, BN, ReLU; None if the modules are others, do
-    something else than the ops, or x is not for those.
+def match_pointwise(layers: nn.Sequential) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The convolution and the normalisation of pointwise convolution, BN, ReLU; None if the modules are others, or do
+    something else than the ops.
     """
-    if not takes(x) or tuple(map(type, layers)) != (_CONV, _NORM, _RELU) or any(map(changed, (layers, *layers))):
+    if tuple(map(type, layers)) != (_CONV, _NORM, _RELU) or any(map(changed, (layers, *layers))):
         return None
     convolution, norm = cast("nn.Conv2d", layers[0]), cast("nn.BatchNorm2d", layers[1])
     if convolution.weight.dtype != torch.float32 or not usual(convolution, (False, 1)):

@@ -53,26 +53,30 @@ class Folded(NamedTuple):
 class Part:
     """A module of a path at one width, to be run on batch statistics or on given ones.
 
-    The module must be in evaluation mode, its normalisation layers too, and gradients off. Units run as fused ops where
-    those give the same; everything else runs its own forward, with other buffers in its normalisation layers for that
-    time. Layers without running statistics normalise by those of their batch, as they always do.
+    A part knows the module as it was when the part was made. It must be in evaluation mode, its normalisation layers
+    too, and gradients off. Units run as fused ops where those give the same; everything else runs its own forward, with
+    other buffers in its normalisation layers for that time. Layers without running statistics normalise by those of
+    their batch, as they always do.
 
     Args:
         module: called with its input, and with ``mid`` unless that is None.
         mid: number of mid channels that it uses.
 
     Attributes:
+        key: equal for parts that run the same.
         norms: normalisation layers with running statistics.
         widths: how many of their channels are used.
     """
 
     def __init__(self, module: nn.Module, mid: int | None = None) -> None:
         self.module, self.mid = module, mid
+        self.key: tuple[nn.Module, int | None] = (module, mid)
         layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.norms = [layer for layer in layers if layer.running_mean is not None]
         self.widths = [layer.num_features for layer in self.norms]
+        self._block: fused.Block | None = None
         if isinstance(module, Unit) and self.norms == layers:
-            self.widths = module.normalised(mid)
+            self.widths, self._block = module.normalised(mid), module.matched(mid)
 
     def calibrate(self, x: Tensor) -> tuple[Tensor | None, Moments]:
         """The output for a batch, normalised by the batch's own statistics, and these.
@@ -83,8 +87,8 @@ class Part:
         Raises:
             InputError: a layer gets a single value a channel, which has no variance, or runs twice.
         """
-        block = self._matched(x)
-        if block is None or not fused.has_kernel(block.plan.op, x):
+        block = self._block
+        if block is None or not fused.takes(x) or not fused.has_kernel(block.plan.op, x):
             return self._calibrate_modules(x)
         # The least that a layer of the unit can get.
         if x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) < 2:
@@ -94,14 +98,10 @@ class Part:
 
     def infer(self, x: Tensor, folded: Folded) -> Tensor:
         """The output for a batch, normalised by given statistics."""
-        block = self._matched(x)
-        if block is None or not fused.has_kernel(f"{block.plan.op}_infer", x):
+        block = self._block
+        if block is None or not fused.takes(x) or not fused.has_kernel(f"{block.plan.op}_infer", x):
             return self._infer_modules(x, folded)
         return fused.infer(block, x, folded.scale, folded.shift)
-
-    def _matched(self, x: Tensor) -> fused.Block | None:
-        block = self.module.matched(x, self.mid) if isinstance(self.module, Unit) else None
-        return block if block is not None and block.norms == self.norms else None
 
     def _run(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.module(x) if self.mid is None else self.module(x, self.mid))
@@ -163,12 +163,15 @@ class HeadPart(Part):
 
     def __init__(self, last: nn.Module, classifier: nn.Module) -> None:
         super().__init__(nn.Sequential(last, classifier))
-        self.last, self.classifier = last, classifier
+        self.key, self.classifier = (last, None), classifier
+        found = fused.match_pointwise(last) if isinstance(last, nn.Sequential) else None
+        # None unless the last convolution does what the ops do.
+        self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
 
     def calibrate(self, x: Tensor) -> tuple[Tensor | None, Moments]:
         """The statistics for a batch; no output."""
-        convolution = self._pointwise(x)
-        if convolution is None or not fused.has_kernel("pw_bnstats", x):
+        convolution = self._convolution
+        if convolution is None or not fused.takes(x) or not fused.has_kernel("pw_bnstats", x):
             return self._calibrate_modules(x)
         z, mean, m2 = ops.pw_bnstats(x, convolution.weight)
         values = z.numel() // z.shape[1]
@@ -178,16 +181,11 @@ class HeadPart(Part):
 
     def infer(self, x: Tensor, folded: Folded) -> Tensor:
         """Logits for a batch, normalised by given statistics."""
-        convolution = self._pointwise(x)
-        if convolution is None or not fused.has_kernel("bn_act_cat", x):
+        convolution = self._convolution
+        if convolution is None or not fused.takes(x) or not fused.has_kernel("bn_act_cat", x):
             return self._infer_modules(x, folded)
         z = functional.conv2d(x, convolution.weight)
         return cast(Tensor, self.classifier(ops.bn_act_cat(z, folded.scale, folded.shift)))
-
-    def _pointwise(self, x: Tensor) -> nn.Conv2d | None:
-        """The last convolution if the ops do the same; None otherwise."""
-        found = fused.match_pointwise(self.last, x) if isinstance(self.last, nn.Sequential) else None
-        return found[0] if found is not None and [found[1]] == self.norms else None
 
 
 @contextmanager

@@ -105,9 +105,9 @@ class Unit(nn.Module):
         out = fused.run(self.plan, x, self.branch_main, self.branch_proj, self.stride, mid)
         return out if out is not None else self._plainly(x, mid)
 
-    def matched(self, x: Tensor, mid: int | None = None) -> fused.Block | None:
-        """The unit's layers as its fused op takes them with x; None where the modules must run."""
-        return fused.match(self.plan, x, self.branch_main, self.branch_proj, self.stride, self.used(mid))
+    def matched(self, mid: int | None = None) -> fused.Block | None:
+        """The unit's layers as its fused op takes them; None where the modules must run."""
+        return fused.match(self.plan, self.branch_main, self.branch_proj, self.stride, self.used(mid))
 
     def normalised(self, mid: int | None = None) -> list[int]:
         """How many channels are used of every normalisation layer, main branch before projection."""

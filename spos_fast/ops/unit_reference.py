@@ -24,6 +24,11 @@ def forward(
         unit: decides the sizes of what comes out.
         used: the same unit, or a narrower slice of it, which is computed; statistics of absent channels are zero.
     """
+    if unit.groups > 1:
+        runs = [forward(*run, gamma, beta, eps, save) for run in zip(unit.runs(), used.runs(), strict=True)]
+        images, *vectors = zip(*runs, strict=True)
+        saved, mean, var = map(torch.stack, vectors)
+        return torch.cat(images).contiguous(memory_format=_LAST), saved, mean, var
     gammas, betas = _split(gamma, unit, used), _split(beta, unit, used)
     position = 0
     kept: list[Tensor] = []
@@ -71,6 +76,10 @@ def backward(
 
 def infer(unit: Unit, used: Unit, scale: Tensor | None, shift: Tensor) -> Tensor:
     """The unit with a scale and a shift behind every convolution in place of batch normalisation."""
+    if unit.groups > 1:
+        scales = [None] * unit.groups if scale is None else scale
+        runs = zip(unit.runs(), used.runs(), scales, shift, strict=True)
+        return torch.cat([infer(*run) for run in runs]).contiguous(memory_format=_LAST)
     return _infer(unit, used, scale, shift)[0]
 
 

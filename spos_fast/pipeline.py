@@ -73,8 +73,8 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
     """Refuse what a stage could not do, before anything is written.
 
     Raises:
-        InputError: an infeasible constraint, more calibration images than there are, or a batch or population that the
-            processes cannot share.
+        InputError: an infeasible constraint, more calibration images than there are, early stopping without a second
+            batch, or a batch or population that the processes cannot share.
         CheckpointError: the published supernet does not fit.
     """
     try:
@@ -83,6 +83,11 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
             if config.search.calibration_images > source.train_size:
                 asked = config.search.calibration_images
                 raise InputError(f"calibration_images: got {asked:,}; the training part has {source.train_size:,}")
+            if config.search.early_stopping and source.validation_size <= config.search.batch_size:
+                raise InputError(
+                    f"batch_size: got {config.search.batch_size}; early stopping looks at candidates between batches, "
+                    f"and the {source.validation_size:,} validation images are one batch; lower it"
+                )
         elif stage == "train":
             config.train.sampler(space)
         processes = int(os.environ.get("WORLD_SIZE", "1"))

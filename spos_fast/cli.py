@@ -127,10 +127,10 @@ def _run(options: argparse.Namespace) -> None:
             exchange=exchange,
         )
         chosen = _chosen(options, job) if options.command == "retrain" else {}
-        if exchange.rank == 0:
+        if exchange.rank == 0:  # the others write and say nothing
             stack.enter_context(Run(options.folder, preset, flags, STAGES_OF[options.command]))
+            console = job.listener = stack.enter_context(_console())
         exchange.barrier()  # a folder that rank 0 cannot have ends all ranks here
-        listener = job.listener = stack.enter_context(_console())
         if options.command in ("demo", "train"):
             pipeline.train_supernet(job)
         if options.command in ("demo", "search"):
@@ -138,7 +138,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.command in ("demo", "retrain"):
             pipeline.retrain(job, chosen or pipeline.baselines(job))
         if exchange.rank == 0:
-            listener.say(f"report: {write_report(options.folder)}")
+            console.say(f"report: {write_report(options.folder)}")
 
 
 def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:

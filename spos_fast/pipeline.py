@@ -24,7 +24,7 @@ from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
 from spos_fast.evolution import SearchResult, evolve, random_search
 from spos_fast.latency import LatencyTable
-from spos_fast.pareto import pareto_search
+from spos_fast.pareto import ParetoResult, pareto_search
 from spos_fast.recording import Listener, RecordedScores
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
@@ -174,10 +174,11 @@ def load_supernet(job: Job) -> Supernet:
 
 
 def search(job: Job) -> dict[str, SearchResult]:
-    """Evolution, and random search under the same budget, with the supernet's weights.
+    """Evolution, and random search under the same budget, with the supernet's weights; then a Pareto search, where
+    objectives are set.
 
     Returns:
-        One result a phase. Also written into the run folder.
+        One result a phase, without the Pareto search. All are written into the run folder.
 
     Raises:
         InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`.
@@ -228,19 +229,20 @@ def search(job: Job) -> dict[str, SearchResult]:
             constraint=settings.constraint,
             seed=config.seed,
         )
-    if settings.objectives:
-        front = _search_front(job, scores, folder)
-        write_json(folder / "front.json", front)
+    found = _search_front(job, scores) if settings.objectives else None
     for phase, result in results.items():
         write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
+    if found is not None:
+        write_json(folder / "pareto.json", [_candidate_row(job.space, candidate) for candidate in found.candidates])
+        write_json(folder / "front.json", [_candidate_row(job.space, candidate) for candidate in found.front])
     write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
     return results
 
 
-def _search_front(job: Job, scores: RecordedScores, folder: Path) -> list[dict[str, Any]]:
-    """Search for several objectives; the rows of the Pareto front."""
+def _search_front(job: Job, scores: RecordedScores) -> ParetoResult:
+    """Search for the configured objectives."""
     settings = job.config.search
-    result = pareto_search(
+    return pareto_search(
         job.space,
         scores.phase("pareto"),
         settings.objectives,
@@ -249,8 +251,6 @@ def _search_front(job: Job, scores: RecordedScores, folder: Path) -> list[dict[s
         constraint=settings.constraint,
         seed=job.config.seed,
     )
-    write_json(folder / "pareto.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
-    return [_candidate_row(job.space, candidate) for candidate in result.front]
 
 
 def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[str, Any]]:

@@ -192,12 +192,13 @@ def load_supernet(job: Job) -> Supernet:
 
 
 def search(job: Job) -> dict[str, SearchResult]:
-    """Evolution, and random search under the same budget, with the supernet's weights.
+    """Evolution, and random search under the same budget, with the supernet's weights; then a Pareto search, where
+    objectives are set.
 
     Under ``torchrun`` all ranks run the same search and share out the scoring of every generation; rank 0 writes.
 
     Returns:
-        One result a phase, on every rank. Also written into the run folder.
+        One result a phase, on every rank, without the Pareto search. All are written into the run folder.
 
     Raises:
         InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`; ranks that have different
@@ -265,7 +266,7 @@ def search(job: Job) -> dict[str, SearchResult]:
 
 
 def _search_front(job: Job, scores: RecordedScores) -> ParetoResult:
-    """Search for several objectives."""
+    """Search for the configured objectives."""
     settings = job.config.search
     return pareto_search(
         job.space,

@@ -133,6 +133,29 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert torch.equal(folded.chunk(2)[group], ops.shuffle_unit_infer(part, *main, *vectors[:, group], **keywords))
 
 
+def test_depthwise_pass() -> None:
+    """The raw op behind the units on a GPU: every group's bits, and gradients through output, mean and m2."""
+    torch.manual_seed(0)
+    op = torch.ops.spos_fast.dw_bnstats
+    x, weight = image(6, 5, 4, 3).requires_grad_(), torch.randn(6, 1, 3, 3, requires_grad=True)
+    scale, shift = (vector.requires_grad_() for vector in torch.randn(2, 3, 5).unbind())
+    made = op(x, weight, scale, shift, True, 2, 5, None, 3)
+    parts = zip(x.chunk(3), scale, shift, strict=True)
+    alone = [
+        torch.stack(value) for value in zip(*(op(a, weight, *b, True, 2, 5, None) for a, *b in parts), strict=True)
+    ]
+    alone[0] = alone[0].flatten(0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(made, alone, strict=True))
+    grads = [torch.randn_like(value) for value in made]
+    inputs = (x, weight, scale, shift)
+    for got, wanted in zip(
+        torch.autograd.grad(made, inputs, grads), torch.autograd.grad(alone, inputs, grads), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises((RuntimeError, InputError), match="groups must divide"):
+        op(x, weight, None, None, True, 2, 5, None, 4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind: str) -> None:
     """torch.compile takes grouped units in one graph, forwards and backwards, trained and folded."""

@@ -210,7 +210,7 @@ Tensor bn_act_cat_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
         const bool stream = pixels * pitch * int64_t(sizeof(T)) > kKept;
         if (other && other_scale) {
             const Loaded<T> loaded(beside, other_scale, other_shift, relu, 0, 1, front);
-            activate(loaded.input, pixels, front, to, pitch, stream, parallel_for);
+            activate(loaded.input, pixels, front, to, pitch, stream, false, parallel_for);
         } else if (other) {
             const int64_t channels_of_other = other->size(1);
             pass_on(Passing<T>{static_cast<const T*>(beside.const_data_ptr()), channels_of_other, to, pitch,
@@ -218,7 +218,7 @@ Tensor bn_act_cat_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
                     pixels, front, parallel_for);
         }
         const Loaded<T> loaded(image, scale, shift, relu, 0, 1, channels);
-        activate(loaded.input, pixels, channels, to + front, pitch, stream, parallel_for);
+        activate(loaded.input, pixels, channels, to + front, pitch, stream, false, parallel_for);
     });
     return out;
 }

@@ -24,9 +24,11 @@ inline Tensor kept_values(const Tensor& like, int64_t size, int64_t groups) {
     return values.defined() ? values : grouped_vector(like, like.scalar_type(), size, groups);
 }
 
-inline Tensor kept_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-    const Tensor image = kept(like, {n, c, h, w}, {h * w * c, 1, w * c, c});
-    return image.defined() ? image : empty_channels_last(like, n, c, h, w);
+inline Tensor kept_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last = true) {
+    const Tensor image =
+        last ? kept(like, {n, c, h, w}, {h * w * c, 1, w * c, c}) : kept(like, {n, c, h, w}, {c * h * w, h * w, w, 1});
+    if (image.defined()) return image;
+    return last ? empty_channels_last(like, n, c, h, w) : torch::stable::new_empty(like, {n, c, h, w});
 }
 
 }  // namespace spos::bindings

@@ -172,18 +172,25 @@ def _late(path: str) -> Kernel:
 
     def launch(*args: Any) -> Any:
         kernel = getattr(importlib.import_module(module), function)
-        tensor = next(argument for argument in args if isinstance(argument, torch.Tensor))
-        with torch.cuda.device_of(tensor):  # Triton launches on the current GPU, which need not be the tensor's
+        with torch.cuda.device_of(
+            _first_tensor(args)
+        ):  # Triton launches on the current GPU, which need not be the tensor's
             return kernel(*args)
 
     return launch
+
+
+def _first_tensor(args: Iterable[Any]) -> torch.Tensor:
+    """The first tensor of an op's arguments, or of their lists."""
+    flat = (value for argument in args for value in (argument if isinstance(argument, list) else [argument]))
+    return next(value for value in flat if isinstance(value, torch.Tensor))
 
 
 def _announced(name: str, reference: Kernel) -> Kernel:
     """The reference, with a warning at its first use (an error if strict) wherever it stands in for a kernel."""
 
     def run(*args: Any) -> Any:
-        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+        device = _first_tensor(args).device.type
         choice = OPS[name].choices.get(device, Choice("reference", f"no kernel for {device} devices", fallback=True))
         if choice.fallback:
             _announce(name, device, choice)

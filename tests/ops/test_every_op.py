@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from spos_fast import native, ops  # noqa: F401  ops defines the ops
 from spos_fast.ops.dispatch import DEVICES as DEVICE_KEYS
@@ -47,8 +48,8 @@ def op_on(name: str, device: str) -> Op:
 
 
 def tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of an op's result."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    """The tensors of an op's result or arguments, those of lists too."""
+    return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
 def errors(outputs: Any, exact: Any) -> list[float]:
@@ -63,10 +64,15 @@ def errors(outputs: Any, exact: Any) -> list[float]:
 
 
 def widened(arguments: Arguments) -> Arguments:
-    """The same values in double."""
-    return tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
-    )
+    """The same values in double; a result whose dtype is an argument is of double, too."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if isinstance(value, torch.dtype) else value
+
+    wide: Arguments = tree_map(widen, arguments)
+    return wide
 
 
 def packed(x: Tensor) -> Tensor:
@@ -94,10 +100,13 @@ def nudged(arguments: Arguments, seed: int) -> Arguments:
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
         signs = 2 * torch.randint(0, 2, x.shape, generator=generator) - 1
         return torch.empty_like(x).copy_(x * (1 + 2**-23 * signs))
 
-    return tuple(nudge(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments)
+    nudged: Arguments = tree_map_only(Tensor, nudge, arguments)
+    return nudged
 
 
 def excess(op: Op, kernel: Any, arguments: Arguments, device: str, draws: int) -> list[str]:
@@ -143,7 +152,7 @@ def test_kernels_agree(name: str, device: str) -> None:
         for label, kernel in kernels.items():
             if excess(op, kernel, arguments, device, 1):
                 found = excess(op, kernel, arguments, device, 8)
-                assert not found, (label, [tuple(a.shape) for a in tensors(arguments[0])], found)
+                assert not found, (label, [tuple(a.shape) for a in tensors(arguments)], found)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,7 +180,7 @@ def test_other_streams(name: str, gpu: str) -> None:
         with torch.cuda.stream(busy):
             torch.randn(1 << 22, device=gpu).sort()
         with torch.cuda.stream(side):
-            late = tuple(v.clone(memory_format=torch.preserve_format) if isinstance(v, Tensor) else v for v in here)
+            late = tree_map_only(Tensor, lambda v: v.clone(memory_format=torch.preserve_format), here)
             got = op.overload(*late)
         side.synchronize()
         assert errors(got, wanted) == pytest.approx([0.0] * len(tensors(got)), abs=1e-6)
@@ -195,8 +204,8 @@ def test_graph_capture(name: str, gpu: str) -> None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 outputs = kernel(*here)
-            for value in here:
-                if isinstance(value, Tensor) and value.is_floating_point():
+            for value in tensors(here):
+                if value.is_floating_point():
                     value.mul_(-0.5).add_(1)
             graph.replay()
             torch.cuda.synchronize()
@@ -211,7 +220,8 @@ def test_opcheck(name: str, gpu: str) -> None:
     for arguments in SAMPLES[name]():
         first, *rest = on(arguments, gpu)
         for grad in (False, True):
-            torch.library.opcheck(op.overload, (first.detach().requires_grad_(grad), *rest))
+            given = tree_map_only(Tensor, lambda x, grad=grad: x.detach().requires_grad_(grad), first)
+            torch.library.opcheck(op.overload, (given, *rest))
 
 
 @pytest.mark.gpu

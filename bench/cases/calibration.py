@@ -19,7 +19,7 @@ CANDIDATES = 50
 
 
 def cases(device: str) -> list[Case]:
-    """Normalisation in both layouts and with groups; merging with a vector for every candidate, and with rows of one."""
+    """Normalisation in both layouts and with groups; merging with vectors of every candidate, and with rows of one."""
     batch = 128 if device == "cuda" else 32
     dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32",)
     found = []

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from spos_fast.errors import CheckpointError, InputError
     from spos_fast.evaluation import Evaluator, Score, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
+    from spos_fast.latency import LatencySettings, LatencyTable
     from spos_fast.ops import explain
+    from spos_fast.pareto import ParetoResult, pareto_search
     from spos_fast.sampling import Constraint, UniformSampler
     from spos_fast.spaces import Cost
     from spos_fast.training import Metrics, TrainConfig, train
@@ -30,7 +32,10 @@ _HOME = {
     "Cost": "spaces",
     "Evaluator": "evaluation",
     "InputError": "errors",
+    "LatencySettings": "latency",
+    "LatencyTable": "latency",
     "Metrics": "training",
+    "ParetoResult": "pareto",
     "Score": "evaluation",
     "SearchResult": "evolution",
     "TrainConfig": "training",
@@ -39,11 +44,12 @@ _HOME = {
     "evaluate": "evaluation",
     "evolve": "evolution",
     "explain": "ops",
+    "pareto_search": "pareto",
     "random_search": "evolution",
     "recalibrate": "calibration",
     "train": "training",
 }
-_MODULES = ("analysis", "data", "nasbench", "nn", "ops", "spaces")
+_MODULES = ("analysis", "data", "latency", "nasbench", "nn", "ops", "spaces")
 
 __all__ = [
     "Architecture",
@@ -53,7 +59,10 @@ __all__ = [
     "Cost",
     "Evaluator",
     "InputError",
+    "LatencySettings",
+    "LatencyTable",
     "Metrics",
+    "ParetoResult",
     "Score",
     "SearchResult",
     "TrainConfig",
@@ -62,6 +71,7 @@ __all__ = [
     "evaluate",
     "evolve",
     "explain",
+    "pareto_search",
     "random_search",
     "recalibrate",
     "train",

@@ -88,7 +88,12 @@ class Evaluator:
     def _score(self, arch: Architecture) -> Score:
         net, modules = self.net, self.net.path(arch)
         recalibrate(
-            net, self._calibration_batches(), self.mode, modules=modules, forward=lambda images: net(images, arch)
+            net,
+            self._calibration_batches(),
+            self.mode,
+            modules=modules,
+            forward=lambda images: net(images, arch),
+            allow_nonfinite=True,  # such a path scores 0
         )
         training = [(module, module.training) for root in modules for module in root.modules()]
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,8 @@ from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
 from spos_fast.evolution import SearchResult, evolve, random_search
+from spos_fast.latency import LatencyTable
+from spos_fast.pareto import pareto_search
 from spos_fast.recording import Listener, RecordedScores
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
@@ -30,6 +32,7 @@ from spos_fast.supernet import Supernet
 from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
 
 PHASES = ("evolution", "random_search")
+LATENCY = Path("search") / "latency.json"  # in the run folder
 
 
 @dataclass
@@ -57,11 +60,28 @@ class Job:
     listener: Listener = dataclasses.field(default_factory=Listener)
 
 
-def make_space(config: Config, source: DataSource) -> Space:
-    """The configured space for the images and classes of a data set."""
-    return config.space.make(
+def make_space(
+    config: Config, source: DataSource, folder: Path | None = None, warn: Callable[[str], Any] | None = None
+) -> Space:
+    """The configured space for the images and classes of a data set, with the search's latency table.
+
+    Args:
+        config: settings of the run.
+        source: the data set.
+        folder: the run folder, which may hold the table that its search began with.
+        warn: hears in what this machine differs from the one of the table.
+
+    Raises:
+        InputError, CheckpointError: the table is missing, damaged or of another space.
+    """
+    space = config.space.make(
         input_size=source.input_size, in_channels=source.in_channels, num_classes=source.num_classes
     )
+    path = config.search.latency_table
+    if path:
+        kept = folder / LATENCY if folder is not None else None
+        LatencyTable.read(kept if kept is not None and kept.exists() else path).attach(space, warn)
+    return space
 
 
 def check_settings(stage: str, config: Config, source: DataSource, space: Space) -> None:
@@ -74,6 +94,9 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
     """
     try:
         if stage == "search":
+            limited = {*config.search.constraint.bounds(), *config.search.objectives}
+            if "latency_ms" in limited and not config.search.latency_table:
+                raise InputError("latency_table: a limit or objective of latency needs one, of `spos-fast latency`")
             UniformSampler(space, config.search.constraint)
             if config.search.calibration_images > source.train_size:
                 asked = config.search.calibration_images
@@ -178,6 +201,8 @@ def search(job: Job) -> dict[str, SearchResult]:
         batch_size=settings.batch_size,
     )
     folder = job.folder / "search"
+    if settings.latency_table and not (job.folder / LATENCY).exists():
+        LatencyTable.read(settings.latency_table).write(job.folder / LATENCY)
     records = Records(folder / "candidates.jsonl")
     budget = settings.population * (settings.generations + 1)
     scores = RecordedScores(records, evaluator, job.space, job.listener, budget)
@@ -203,10 +228,29 @@ def search(job: Job) -> dict[str, SearchResult]:
             constraint=settings.constraint,
             seed=config.seed,
         )
+    if settings.objectives:
+        front = _search_front(job, scores, folder)
+        write_json(folder / "front.json", front)
     for phase, result in results.items():
         write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
     write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
     return results
+
+
+def _search_front(job: Job, scores: RecordedScores, folder: Path) -> list[dict[str, Any]]:
+    """Search for several objectives; the rows of the Pareto front."""
+    settings = job.config.search
+    result = pareto_search(
+        job.space,
+        scores.phase("pareto"),
+        settings.objectives,
+        population=settings.population,
+        generations=settings.generations,
+        constraint=settings.constraint,
+        seed=job.config.seed,
+    )
+    write_json(folder / "pareto.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
+    return [_candidate_row(job.space, candidate) for candidate in result.front]
 
 
 def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[str, Any]]:
@@ -217,7 +261,8 @@ def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[
         architectures: what to train, by label; the label is the folder's name.
 
     Returns:
-        For every label ``architecture``, ``macs``, ``params``, ``test_accuracy``, ``test_loss``, ``test_images``.
+        For every label ``architecture``, the cost (``macs``, ``params``, and ``latency_ms`` with a latency table),
+        ``test_accuracy``, ``test_loss``, ``test_images``.
     """
     results = {}
     for label, arch in architectures.items():
@@ -248,6 +293,15 @@ def searched(job: Job) -> dict[str, Architecture]:
     require_stage_before("retrain", job.folder, job.config)
     best = read_json(job.folder / "search" / "best.json")
     return {phase: job.space.architecture(best[phase]["genes"]) for phase in PHASES if phase in best}
+
+
+def pareto_front(job: Job) -> dict[str, Architecture]:
+    """The front of the run's Pareto search by label (``pareto_0``, ``pareto_1``, ...), cheapest first; empty without
+    one.
+    """
+    path = job.folder / "search" / "front.json"
+    rows = read_json(path) if path.exists() else []
+    return {f"pareto_{number}": job.space.architecture(row["genes"]) for number, row in enumerate(rows)}
 
 
 def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
@@ -284,14 +338,12 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
             device=job.device,
             workers=job.workers,
         )
-        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative")
+        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative", allow_nonfinite=True)
     score = evaluate(net, job.source.test_batches(settings.batch_size, device=job.device))
-    cost = job.space.cost(arch)
     result = {
         "label": label,
         "architecture": list(arch.genes),
-        "macs": cost.macs,
-        "params": cost.params,
+        **job.space.cost(arch).known(),
         "test_accuracy": score.accuracy,
         "test_loss": score.loss,
         "test_images": score.images,
@@ -351,5 +403,5 @@ def _candidate_row(space: Space, candidate: Any) -> dict[str, Any]:
         "generation": candidate.generation,
         "origin": candidate.origin,
         **dataclasses.asdict(candidate.score),
-        **dataclasses.asdict(space.cost(candidate.architecture)),
+        **space.cost(candidate.architecture).known(),
     }

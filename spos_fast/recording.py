@@ -80,7 +80,7 @@ class RecordedScores:
                     "number": number,
                     "genes": list(arch.genes),
                     **dataclasses.asdict(score),
-                    **dataclasses.asdict(cost),
+                    **cost.known(),
                 }
             )
             scored.append(score)

@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 
+#include "csrc/bindings/groups.h"
 #include "csrc/bindings/tensors.h"
 #include "csrc/cpu/memory.h"
 
@@ -17,9 +18,10 @@ inline Tensor kept(const Tensor& like, std::initializer_list<int64_t> size, std:
                                     [bytes](void* memory) { spos::cpu::give_back_memory(memory, bytes); });
 }
 
-inline Tensor kept_values(const Tensor& like, int64_t size) {
-    const Tensor values = kept(like, {size}, {1});
-    return values.defined() ? values : torch::stable::new_empty(like, {size});
+// [size], or [groups, size] of several groups.
+inline Tensor kept_values(const Tensor& like, int64_t size, int64_t groups) {
+    const Tensor values = groups == 1 ? kept(like, {size}, {1}) : kept(like, {groups, size}, {size, 1});
+    return values.defined() ? values : grouped_vector(like, like.scalar_type(), size, groups);
 }
 
 inline Tensor kept_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last = true) {

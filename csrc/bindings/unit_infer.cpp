@@ -3,7 +3,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "csrc/bindings/tensors.h"
+#include "csrc/bindings/groups.h"
 
 namespace spos::bindings {
 namespace {
@@ -11,16 +11,16 @@ namespace {
 using spos::cpu::InferLayer;
 using MaybeTensor = std::optional<Tensor>;
 
-// A unit's tensors as the kernel reads them, layer by layer, and alive as long as it does.
+// A unit's tensors as the kernel reads them, layer by layer, and alive as long as it does. `unit_` is one group's.
 class Arguments {
   public:
-    Arguments(const Tensor& x, int64_t stride, bool split) : x_(channels_last(x)) {
+    Arguments(const Tensor& x, int64_t stride, bool split, int64_t groups) : x_(channels_last(x)), groups_(groups) {
         STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "x must be [N, C, H, W], not empty");
         STD_TORCH_CHECK(!split || x.size(1) % 2 == 0, "x must have an even number of channels without a projection");
         STD_TORCH_CHECK(stride >= 1 && (!split || stride == 1), "stride must be 1 without a projection, got ", stride);
         unit_.dtype = dtype_of(x, "x");
-        unit_.samples = x.size(0), unit_.channels = x.size(1), unit_.height = x.size(2), unit_.width = x.size(3);
-        unit_.stride = stride, unit_.split = split, unit_.x = x_.const_data_ptr();
+        unit_.samples = group_samples(x, groups), unit_.stride = stride, unit_.split = split;
+        unit_.channels = x.size(1), unit_.height = x.size(2), unit_.width = x.size(3);
     }
 
     int64_t branch_channels() const { return unit_.split ? unit_.channels / 2 : unit_.channels; }
@@ -50,18 +50,23 @@ class Arguments {
     Tensor run(const MaybeTensor& scale, const Tensor& shift) {
         const ScalarType statistics = statistics_type(unit_.dtype);
         auto checked = [&](const Tensor& value, const char* name) {
-            STD_TORCH_CHECK(value.dim() == 1 && value.size(0) == next_, name, " must be [", next_, "]");
-            kept_.push_back(torch::stable::contiguous(torch::stable::to(value, statistics)));
-            return kept_.back().const_data_ptr();
+            STD_TORCH_CHECK(is_grouped_vector(value, next_, groups_), name, " must be [", next_, "], or [", groups_,
+                            ", ", next_, "] of several groups");
+            return torch::stable::contiguous(torch::stable::to(value, statistics));
         };
-        unit_.shift = checked(shift, "shift");
-        unit_.scale = scale ? checked(*scale, "scale") : nullptr;
+        const Tensor shifts = checked(shift, "shift");
+        const MaybeTensor scales = scale ? MaybeTensor(checked(*scale, "scale")) : std::nullopt;
         // Statistics begin with the main branch's layers, the output with the projection's channels.
         if (unit_.branches.size() == 2) std::swap(unit_.branches[0], unit_.branches[1]);
         const Tensor out =
-            empty_channels_last(x_, unit_.samples, unit_.out_channels(), unit_.out_height(), unit_.out_width());
-        unit_.out = out.mutable_data_ptr();
-        spos::cpu::unit_infer(unit_, parallel_for);
+            empty_channels_last(x_, x_.size(0), unit_.out_channels(), unit_.out_height(), unit_.out_width());
+        for_each_group(x_, groups_, [&](int64_t group, const spos::cpu::ParallelFor& pool) {
+            spos::cpu::UnitInference run = unit_;
+            run.x = part(x_, group, groups_), run.out = part_to_fill(out, group, groups_);
+            run.shift = part(shifts, group, groups_);
+            run.scale = scales ? part(*scales, group, groups_) : nullptr;
+            spos::cpu::unit_infer(run, pool);
+        });
         return out;
     }
 
@@ -75,6 +80,7 @@ class Arguments {
     }
 
     Tensor x_;
+    int64_t groups_;
     std::vector<Tensor> kept_;
     spos::cpu::UnitInference unit_{};
     int64_t next_ = 0;  // first of the next layer's channels in scale and shift
@@ -87,9 +93,10 @@ bool splits(const MaybeTensor& proj_dw, const MaybeTensor& proj_pw) {
 
 Tensor shuffle_unit_infer_cpu(const Tensor& x, const Tensor& pw1, const Tensor& dw, const Tensor& pw2,
                               const MaybeTensor& proj_dw, const MaybeTensor& proj_pw, const MaybeTensor& scale,
-                              const Tensor& shift, int64_t mid, const MaybeTensor& width, int64_t stride) {
+                              const Tensor& shift, int64_t mid, const MaybeTensor& width, int64_t stride,
+                              int64_t groups) {
     const int64_t used = used_channels(width, mid);
-    Arguments arguments(x, stride, splits(proj_dw, proj_pw));
+    Arguments arguments(x, stride, splits(proj_dw, proj_pw), groups);
     arguments.begin_branch();
     arguments.pointwise(pw1, "pw1", arguments.branch_channels(), mid, used);
     arguments.depthwise(dw, "dw", mid, used);
@@ -101,9 +108,9 @@ Tensor shuffle_unit_infer_cpu(const Tensor& x, const Tensor& pw1, const Tensor& 
 Tensor xception_unit_infer_cpu(const Tensor& x, const Tensor& dw1, const Tensor& pw1, const Tensor& dw2,
                                const Tensor& pw2, const Tensor& dw3, const Tensor& pw3, const MaybeTensor& proj_dw,
                                const MaybeTensor& proj_pw, const MaybeTensor& scale, const Tensor& shift, int64_t mid,
-                               const MaybeTensor& width, int64_t stride) {
+                               const MaybeTensor& width, int64_t stride, int64_t groups) {
     const int64_t used = used_channels(width, mid);
-    Arguments arguments(x, stride, splits(proj_dw, proj_pw));
+    Arguments arguments(x, stride, splits(proj_dw, proj_pw), groups);
     const int64_t in = arguments.branch_channels();
     arguments.begin_branch();
     arguments.depthwise(dw1, "dw1", in, in);

@@ -6,12 +6,13 @@
 #include <utility>
 
 #include "csrc/bindings/cpu_memory.h"
+#include "csrc/bindings/groups.h"
 #include "csrc/cpu/unit.h"
 
 namespace spos::bindings {
 namespace {
 
-using spos::cpu::Unit, spos::cpu::UnitKind, spos::cpu::UnitShape, spos::cpu::Weight;
+using spos::cpu::ParallelFor, spos::cpu::Unit, spos::cpu::UnitKind, spos::cpu::UnitShape, spos::cpu::Weight;
 using MaybeTensor = std::optional<Tensor>;
 
 // A unit's tensors as the kernels read them, and alive as long as they do.
@@ -19,7 +20,7 @@ struct UnitArguments {
     Tensor x;
     std::vector<Tensor> weights;
     MaybeTensor gamma, beta;
-    Unit unit;
+    Unit unit;      // of one group, the first
     bool narrowed;  // to fewer channels than results are laid out for
 };
 
@@ -47,9 +48,10 @@ const void* data_of(const MaybeTensor& tensor) {
 
 UnitArguments unit_arguments(UnitKind kind, const Tensor& x, std::vector<Tensor> weights, const MaybeTensor& proj_dw,
                              const MaybeTensor& proj_pw, const MaybeTensor& gamma, const MaybeTensor& beta, int64_t mid,
-                             const MaybeTensor& width, int64_t stride, double epsilon) {
+                             const MaybeTensor& width, int64_t stride, double epsilon, int64_t groups = 1) {
     const DType dtype = dtype_of(x, "x");
     STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "x must be [N, C, H, W], not empty");
+    const int64_t samples = group_samples(x, groups);
     STD_TORCH_CHECK(proj_dw.has_value() == proj_pw.has_value(), "proj_dw and proj_pw go together");
     STD_TORCH_CHECK(stride == 1 || (stride == 2 && proj_dw), "stride must be 1, or 2 with a projection, got ", stride);
     STD_TORCH_CHECK(proj_dw || x.size(1) % 2 == 0, "x must have an even number of channels");
@@ -85,7 +87,7 @@ UnitArguments unit_arguments(UnitKind kind, const Tensor& x, std::vector<Tensor>
         data.push_back({given.weights.back().const_data_ptr(), weight.size(2)});
     }
     const UnitShape shape{
-        kind,   dtype, x.size(0), x.size(2), x.size(3), x.size(1), proj_dw.has_value(), mid, used_channels(width, mid),
+        kind,   dtype, samples, x.size(2), x.size(3), x.size(1), proj_dw.has_value(), mid, used_channels(width, mid),
         stored, made,  stride};
     given.unit = spos::cpu::unit_of(shape, data);
     const int64_t normalised = given.unit.normalised();
@@ -99,18 +101,23 @@ UnitArguments unit_arguments(UnitKind kind, const Tensor& x, std::vector<Tensor>
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Outputs forward(const UnitArguments& given, bool save) {
+Outputs forward(const UnitArguments& given, bool save, int64_t groups) {
     const Unit& unit = given.unit;
-    const Tensor out = kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
-    const Tensor saved = kept_values(given.x, save ? unit.saved_size() : 0);
+    const Tensor out =
+        kept_image(given.x, groups * unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
+    const Tensor saved = kept_values(given.x, save ? unit.saved_size() : 0, groups);
     // Nobody reads absent channels, but equal calls should return equal bits.
-    if (save && given.narrowed) std::memset(saved.mutable_data_ptr(), 0, unit.saved_size() * item_size(unit.dtype));
-    const Tensor mean = torch::stable::new_empty(given.x, {unit.normalised()}, statistics_type(unit.dtype));
-    const Tensor var = torch::stable::new_empty(mean, {unit.normalised()});
-    spos::cpu::unit_forward(unit,
-                            {out.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr, mean.mutable_data_ptr(),
-                             var.mutable_data_ptr()},
-                            parallel_for);
+    if (save && given.narrowed) std::memset(saved.mutable_data_ptr(), 0, saved.numel() * item_size(unit.dtype));
+    const Tensor mean = grouped_vector(given.x, statistics_type(unit.dtype), unit.normalised(), groups);
+    const Tensor var = grouped_vector(given.x, statistics_type(unit.dtype), unit.normalised(), groups);
+    for_each_group(given.x, groups, [&](int64_t group, const ParallelFor& pool) {
+        Unit run = unit;
+        run.x = part(given.x, group, groups);
+        unit_forward(run,
+                     {part_to_fill(out, group, groups), save ? part_to_fill(saved, group, groups) : nullptr,
+                      part_to_fill(mean, group, groups), part_to_fill(var, group, groups)},
+                     pool);
+    });
     return {out, saved, mean, var};
 }
 
@@ -153,19 +160,19 @@ std::array<Tensor, kCount> backward(const UnitArguments& given, const Tensor& gr
 Outputs shuffle_unit_cpu(const Tensor& x, const Tensor& pw1, const Tensor& dw, const Tensor& pw2,
                          const MaybeTensor& proj_dw, const MaybeTensor& proj_pw, const MaybeTensor& gamma,
                          const MaybeTensor& beta, int64_t mid, const MaybeTensor& width, int64_t stride, double epsilon,
-                         bool save) {
+                         bool save, int64_t groups) {
     return forward(unit_arguments(UnitKind::shuffle, x, {pw1, dw, pw2}, proj_dw, proj_pw, gamma, beta, mid, width,
-                                  stride, epsilon),
-                   save);
+                                  stride, epsilon, groups),
+                   save, groups);
 }
 
 Outputs xception_unit_cpu(const Tensor& x, const Tensor& dw1, const Tensor& pw1, const Tensor& dw2, const Tensor& pw2,
                           const Tensor& dw3, const Tensor& pw3, const MaybeTensor& proj_dw, const MaybeTensor& proj_pw,
                           const MaybeTensor& gamma, const MaybeTensor& beta, int64_t mid, const MaybeTensor& width,
-                          int64_t stride, double epsilon, bool save) {
+                          int64_t stride, double epsilon, bool save, int64_t groups) {
     return forward(unit_arguments(UnitKind::xception, x, {dw1, pw1, dw2, pw2, dw3, pw3}, proj_dw, proj_pw, gamma, beta,
-                                  mid, width, stride, epsilon),
-                   save);
+                                  mid, width, stride, epsilon, groups),
+                   save, groups);
 }
 
 auto shuffle_unit_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& saved, const Tensor& mean,

@@ -16,6 +16,7 @@ from spos_fast.errors import InputError
 from spos_fast.kernels import concatenation, depthwise, merging, pointwise
 from spos_fast.kernels.matrix import Input, Output, image, matrix, wide
 from spos_fast.ops.dispatch import OPS
+from spos_fast.ops.groups import joined
 from spos_fast.ops.unit_layers import Layer, Unit, check_vector, make_unit, shuffle_chain, xception_chain
 
 LAST = torch.channels_last
@@ -44,21 +45,23 @@ class Stage(NamedTuple):
 def shuffle_unit(
     x: Tensor, pw1: Tensor, dw: Tensor, pw2: Tensor, proj_dw: Tensor | None, proj_pw: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, mid: int, width: Tensor | None, stride: int = 1, eps: float = 1e-5,
-    save: bool = True,
+    save: bool = True, groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """ShuffleNetV2 unit in training: out, saved, mean, var; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=True)
+    unit = make_unit(
+        shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=True, groups=groups
+    )
     return _forward(unit, width, gamma, beta, eps, save)
 
 
 def xception_unit(
     x: Tensor, dw1: Tensor, pw1: Tensor, dw2: Tensor, pw2: Tensor, dw3: Tensor, pw3: Tensor,
     proj_dw: Tensor | None, proj_pw: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mid: int,
-    width: Tensor | None, stride: int = 1, eps: float = 1e-5, save: bool = True,
+    width: Tensor | None, stride: int = 1, eps: float = 1e-5, save: bool = True, groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Xception unit in training: out, saved, mean, var; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=True)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=True, groups=groups)
     return _forward(unit, width, gamma, beta, eps, save)
 
 
@@ -85,21 +88,23 @@ def xception_unit_backward(
 
 def shuffle_unit_infer(
     x: Tensor, pw1: Tensor, dw: Tensor, pw2: Tensor, proj_dw: Tensor | None, proj_pw: Tensor | None,
-    scale: Tensor | None, shift: Tensor, mid: int, width: Tensor | None, stride: int = 1,
+    scale: Tensor | None, shift: Tensor, mid: int, width: Tensor | None, stride: int = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """ShuffleNetV2 unit with a scale and a shift in place of every batch norm; see spos_fast.ops.units."""
-    unit = make_unit(shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=False)
+    unit = make_unit(
+        shuffle_chain, _last(x), (pw1, dw, pw2), (proj_dw, proj_pw), mid, stride, on_batch=False, groups=groups
+    )
     return _infer(unit, width, scale, shift)
 
 
 def xception_unit_infer(
     x: Tensor, dw1: Tensor, pw1: Tensor, dw2: Tensor, pw2: Tensor, dw3: Tensor, pw3: Tensor,
     proj_dw: Tensor | None, proj_pw: Tensor | None, scale: Tensor | None, shift: Tensor, mid: int,
-    width: Tensor | None, stride: int = 1,
+    width: Tensor | None, stride: int = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """Xception unit with a scale and a shift in place of every batch norm; see spos_fast.ops.units."""
     weights = (dw1, pw1, dw2, pw2, dw3, pw3)
-    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=False)
+    unit = make_unit(xception_chain, _last(x), weights, (proj_dw, proj_pw), mid, stride, on_batch=False, groups=groups)
     return _infer(unit, width, scale, shift)
 
 
@@ -108,9 +113,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_vector("gamma", gamma, unit)
     check_vector("beta", beta, unit)
-    mean, var, scale, shift = (unit.x.new_empty(unit.normalised, dtype=wide(unit.x)) for _ in range(4))
+    if unit.groups > 1 and save:  # each group's outputs have to lie together
+        out, saved, mean, var = joined([_forward(run, width, gamma, beta, eps, save) for run in unit.runs()])
+        return out, saved, mean, var
+    mean, var, scale, shift = (unit.x.new_empty(unit.each(unit.normalised), dtype=wide(unit.x)) for _ in range(4))
     means, variances, scales, shifts, gammas, betas = _cut(unit, mean, var, scale, shift, gamma, beta)
-    saved = unit.x.new_empty(unit.saved_size if save else 0)
+    saved = unit.x.new_empty(unit.each(unit.saved_size if save else 0))
     kept = _kept(unit, saved) if save else None
 
     def run(stages: Sequence[Stage], y: Input) -> Input:
@@ -120,10 +128,10 @@ def _forward(
             if stage.layer.depthwise and _native("dw_bnstats", y.data):
                 made, *moments = OPS["dw_bnstats"].overload(
                     _image(y.data, unit, *stage.shape[:2]), stage.weight, y.scale, y.shift, y.relu,
-                    stage.layer.stride, channels, stage.made,
+                    stage.layer.stride, channels, stage.made, unit.groups,
                 )  # fmt: skip
                 z = matrix(made) if kept is None else kept[at].copy_(matrix(made))
-                found = merging.whole(*moments, z.shape[0])
+                found = merging.whole(*moments, z.shape[0] // unit.groups, unit.groups)
             else:
                 z = y.data.new_empty(_pixels(unit, stage), channels) if kept is None else kept[at]
                 if stage.layer.depthwise:
@@ -132,18 +140,18 @@ def _forward(
                     found = pointwise.forward(y, stage.weight, channels, stage.made, z)
             norm = (means[at], variances[at], scales[at], shifts[at], gammas[at], betas[at])
             merging.merge_into_norm(found, *norm, stage.made, eps)
-            y = Input(z, scales[at], shifts[at], not stage.layer.depthwise, channels, stage.made)
+            y = Input(z, scales[at], shifts[at], not stage.layer.depthwise, channels, stage.made, groups=unit.groups)
         return y
 
     main, projection = _stages(unit, width)
     y = run(main, _input(unit))
     out = image(unit.x, *unit.out_shape[1:])
     if projection:
-        beside = run(projection, Input(matrix(unit.x), None, None, False, unit.beside, None))
+        beside = run(projection, _whole_input(unit))
         other = (beside.data, beside.scale, beside.shift)
     else:
         other = (matrix(unit.x), None, None)
-    concatenation.concatenate(y.data, y.scale, y.shift, *other, True, matrix(out))
+    concatenation.concatenate(y.data, y.scale, y.shift, *other, True, matrix(out), unit.groups)
     return out, saved, mean, var
 
 
@@ -182,7 +190,7 @@ def _backward(
     front, back = matrix(grad[:, : unit.beside]), matrix(grad[:, unit.beside :])
     if projection:
         dx = run(main, _input(unit), back)
-        dx += run(projection, Input(matrix(unit.x), None, None, False, unit.beside, None), front)
+        dx += run(projection, _whole_input(unit), front)
     else:
         dx = run(main, _input(unit), back, front)
     absent = [] if projection else [unit.x.new_empty(0), unit.x.new_empty(0)]
@@ -217,8 +225,8 @@ def _gradients(
 
 
 def _infer(unit: Unit, width: Tensor | None, scale: Tensor | None, shift: Tensor) -> Tensor:
-    check_vector("scale", scale, unit)
-    check_vector("shift", shift, unit)
+    check_vector("scale", scale, unit, grouped=True)
+    check_vector("shift", shift, unit, grouped=True)
     scales, shifts = _cut(unit, scale, shift)
     out = image(unit.x, *unit.out_shape[1:])
     front, back = matrix(out)[:, : unit.beside], matrix(out)[:, unit.beside :]
@@ -232,12 +240,12 @@ def _infer(unit: Unit, width: Tensor | None, scale: Tensor | None, shift: Tensor
                 depthwise.infer(y, stage.shape, stage.weight, stage.layer.stride, scales[at], shifts[at], z)
             else:
                 pointwise.infer(y, stage.weight, channels, stage.made, scales[at], shifts[at], z)
-            y = Input(z, None, None, False, channels, stage.made)
+            y = Input(z, None, None, False, channels, stage.made, groups=unit.groups)
 
     main, projection = _stages(unit, width)
     run(main, _input(unit), back)
     if projection:
-        run(projection, Input(matrix(unit.x), None, None, False, unit.beside, None), front)
+        run(projection, _whole_input(unit), front)
     else:
         front.copy_(matrix(unit.x)[:, ::2])
     return out
@@ -263,10 +271,16 @@ def _stages(unit: Unit, width: Tensor | None) -> tuple[list[Stage], list[Stage]]
 def _input(unit: Unit) -> Input:
     """What the main chain reads: all of x, or its odd channels (those of a depthwise layer packed)."""
     if unit.projection:
-        return Input(matrix(unit.x), None, None, False, unit.beside, None)
+        return _whole_input(unit)
     if unit.main[0].depthwise:
-        return Input(matrix(_last(unit.x[:, 1::2])), None, None, False, unit.beside, None)
-    return Input(matrix(unit.x), None, None, False, unit.beside, None, 1, 2)
+        odd = matrix(_last(unit.x[:, 1::2]))
+        return Input(odd, None, None, False, unit.beside, None, groups=unit.groups)
+    return Input(matrix(unit.x), None, None, False, unit.beside, None, 1, 2, unit.groups)
+
+
+def _whole_input(unit: Unit) -> Input:
+    """All of x, which a projection reads."""
+    return Input(matrix(unit.x), None, None, False, unit.beside, None, groups=unit.groups)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -291,7 +305,7 @@ def _kept(unit: Unit, saved: Tensor) -> list[Tensor]:
 def _cut(unit: Unit, *vectors: Tensor | None) -> Iterator[Sequence[Any]]:
     """Each vector's parts, one a layer; None for a vector that was not given."""
     for vector in vectors:
-        yield [None] * len(unit.sizes) if vector is None else vector.contiguous().split(unit.sizes)
+        yield [None] * len(unit.sizes) if vector is None else vector.contiguous().split(unit.sizes, -1)
 
 
 def _image(rows: Tensor, unit: Unit, height: int, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import DTYPES
+from spos_fast.ops.groups import check_groups, each
 
 Projection = tuple[Tensor | None, Tensor | None]
 
@@ -58,16 +59,18 @@ class Unit(NamedTuple):
     """A unit's input and its layers.
 
     Attributes:
-        x: [N, C, H, W].
+        x: [groups * N, C, H, W].
         main: the layers of the main branch.
         projection: those of the other branch; none if the even channels of x pass instead.
         stride: of the unit.
+        groups: how many runs of N images x holds, each with statistics of its own.
     """
 
     x: Tensor
     main: tuple[Layer, ...]
     projection: tuple[Layer, ...]
     stride: int
+    groups: int = 1
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -91,25 +94,38 @@ class Unit(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
-        """[N, C', H', W'] of the unit's output."""
+        """[groups * N, C', H', W'] of the unit's output."""
         height, width = ((size - 1) // self.stride + 1 for size in self.x.shape[2:])
         return self.x.shape[0], self.beside + self.main[-1].made, height, width
 
     @property
+    def samples(self) -> int:
+        """Images of one group."""
+        return self.x.shape[0] // self.groups
+
+    @property
     def saved_shapes(self) -> list[tuple[int, int, int, int]]:
-        """Shapes of the convolutions' outputs."""
+        """Shapes of the convolutions' outputs, of one group."""
         shapes = []
         for chain in (self.main, self.projection):
             size = tuple(self.x.shape[2:])
             for layer in chain:
                 size = tuple((side - 1) // layer.stride + 1 for side in size)
-                shapes.append((self.x.shape[0], layer.made, *size))
+                shapes.append((self.samples, layer.made, *size))
         return shapes  # type: ignore[return-value]
 
     @property
     def saved_size(self) -> int:
-        """Values in the convolutions' outputs."""
+        """Values in the convolutions' outputs, of one group."""
         return sum(math.prod(shape) for shape in self.saved_shapes)
+
+    def each(self, size: int) -> list[int]:
+        """The shape of what every group has ``size`` values of."""
+        return each(self.groups, size)
+
+    def runs(self) -> list[Unit]:
+        """A unit of its own for every group."""
+        return [self._replace(x=x, groups=1) for x in self.x.chunk(self.groups)]
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """What goes into the main branch, and what passes or goes into the projection."""
@@ -157,17 +173,19 @@ def make_unit(
     stride: int,
     *,
     on_batch: bool,
+    groups: int = 1,
 ) -> Unit:
     """The unit that an op's arguments describe.
 
     Args:
         chain: which unit.
-        x, weights, projection, mid, stride: the op's arguments.
+        x, weights, projection, mid, stride, groups: the op's arguments.
         on_batch: whether it takes the variance of its batch, for which one pixel is too few.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
-        InputError: shapes that do not fit together, ``mid`` or ``stride`` out of range, or a single pixel.
+        InputError: shapes that do not fit together, ``mid`` or ``stride`` out of range, groups of different sizes, or a
+            single pixel.
     """
     proj_dw, proj_pw = projection
     named = [("x", x), *zip(NAMES[chain], weights, strict=True)]
@@ -189,6 +207,7 @@ def make_unit(
         raise InputError(f"stride must be 1 for a unit without projection, got {stride}")
     if proj_dw is None and x.shape[1] % 2:
         raise InputError(f"x must have an even number of channels, got shape {list(x.shape)}")
+    check_groups(groups, x)
     channels = x.shape[1] if proj_dw is not None else x.shape[1] // 2
     beside: tuple[Layer, ...] = ()
     if proj_dw is not None and proj_pw is not None:
@@ -196,11 +215,12 @@ def make_unit(
             Layer("proj_dw", proj_dw, channels, channels, True, stride),
             Layer("proj_pw", proj_pw, channels, channels, False),
         )
-    unit = Unit(x, chain(weights, channels, mid, stride), beside, stride)
+    unit = Unit(x, chain(weights, channels, mid, stride), beside, stride, groups)
     _check_weights(unit, mid, channels)
-    n, _, height, width = unit.out_shape
-    if on_batch and (x.numel() == 0 or n * height * width < 2):
-        raise InputError(f"x must give at least two pixels, which a variance needs, got shape {list(x.shape)}")
+    _, _, height, width = unit.out_shape
+    if on_batch and (x.numel() == 0 or unit.samples * height * width < 2):
+        each = f" for {groups} groups" if groups > 1 else ""
+        raise InputError(f"x must give at least two pixels, which a variance needs, got shape {list(x.shape)}{each}")
     if x.numel() == 0:
         raise InputError(f"x must hold at least one pixel, got shape {list(x.shape)}")
     return unit
@@ -232,18 +252,17 @@ def _check_weight(layer: Layer, made: int, read: int) -> None:
         raise InputError(f"{layer.name} must have an odd kernel size, got {k}")
 
 
-def check_vector(name: str, value: Tensor | None, unit: Unit) -> None:
-    """Refuse what is no floating-point vector with one entry for every normalised channel."""
+def check_vector(name: str, value: Tensor | None, unit: Unit, *, grouped: bool = False) -> None:
+    """Refuse what is no floating-point vector with one entry for every normalised channel (grouped: of every group)."""
     if value is None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
-    if list(value.shape) != [unit.normalised]:
-        raise InputError(
-            f"{name} must be [{unit.normalised}], one entry a channel of every layer, got {list(value.shape)}"
-        )
+    wanted = unit.each(unit.normalised) if grouped else [unit.normalised]
+    if list(value.shape) != wanted:
+        raise InputError(f"{name} must be {wanted}, one entry a channel of every layer, got {list(value.shape)}")
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +51,12 @@ SIZES = (
     Sizes(1, 8, 70, 65, 17, 3, 6, 9, affine=True),
 )
 
+# Of all groups together, and how many there are.
+GROUPED = (
+    (Sizes(6, 16, 5, 7, 20, 12, 8, 5, affine=True), 3),
+    (Sizes(4, 7, 6, 5, 10, 10, 9, 3, stride=2, projects=True), 2),
+)
+
 
 def weights(kind: str, size: Sizes, generator: torch.Generator | None = None) -> list[Tensor | None]:
     """Weights of a unit in the order of the op's arguments, None for no projection; of deviation one after summing."""
@@ -87,12 +93,14 @@ def unit(kind: str, size: Sizes, dtype: torch.dtype = torch.float32) -> tuple[li
     return [w for w in main if w is not None], {"projection": projection, "stride": size.stride}
 
 
-def arguments(kind: str, dtype: torch.dtype, seed: int) -> list[Arguments]:
+def arguments(kind: str, dtype: torch.dtype, seed: int, sizes: Sequence[Sizes] = SIZES) -> list[Arguments]:
     """Of the training op, for every size."""
     found: list[Arguments] = []
     generator = torch.Generator().manual_seed(seed)
-    # The statistics of few channels that halves round are a matter of luck, for the reference as for a kernel.
-    for size in SIZES if dtype == torch.float32 else SIZES[:-1]:
+    for size in sizes:
+        # The statistics of few channels that halves round are a matter of luck, for the reference as for a kernel.
+        if dtype != torch.float32 and size is SIZES[-1]:
+            continue
         x = torch.randn(size.samples, size.channels, size.height, size.width, generator=generator) + 0.5
         stored = [None if w is None else w.to(dtype) for w in weights(kind, size, generator)]
         count = normalised(kind, size)
@@ -109,7 +117,11 @@ def _training(kind: str) -> list[Arguments]:
     nchw, *rest = found[0]
     found += [(nchw.contiguous(), *rest), (*found[1], 1e-3, False), *arguments(kind, torch.bfloat16, 1)]
     # What is saved of channels beyond a device's width is not specified, and so not compared.
-    return [a if a[-2] is None or len(a) > len(found[0]) else (*a, 1e-5, False) for a in found]
+    found = [a if a[-2] is None or len(a) > len(found[0]) else (*a, 1e-5, False) for a in found]
+    for dtype in (torch.bfloat16, torch.float32):
+        grouped = arguments(kind, dtype, 6, [size for size, _ in GROUPED])
+        found += [(*a, 1e-5, True, groups) for a, (_, groups) in zip(grouped, GROUPED, strict=True)]
+    return found
 
 
 def _backward(kind: str) -> list[Arguments]:
@@ -131,6 +143,10 @@ def _infer(kind: str) -> list[Arguments]:
             *stored, gamma, _, mid, width, stride = rest
             shift = torch.randn(normalised(kind, size), generator=generator)
             found.append((x, *stored, gamma, shift, mid, width, stride))
+        for (size, groups), given in zip(GROUPED, arguments(kind, dtype, 7, [s for s, _ in GROUPED]), strict=True):
+            scale, shift = torch.randn(2, groups, normalised(kind, size), generator=generator)
+            *stored, gamma, _, mid, width, stride = given
+            found.append((*stored, None if gamma is None else scale, shift, mid, width, stride, groups))
     return found
 
 

@@ -20,21 +20,21 @@ CHANNELS = (5, 16)
 SIZES = (6, 3, 4, 2)  # images of each batch: averages of batches and pools differ
 
 
-def batches(dtype: torch.dtype = torch.float64, mean: float = 1.0) -> list[list[Tensor]]:
-    """Of each batch an image for each layer."""
+def batches(dtype: torch.dtype = torch.float64, mean: float = 1.0) -> list[Tensor]:
+    """Images with the channels of all layers."""
     generator = torch.Generator().manual_seed(0)
     return [
-        [(torch.randn(n, c, 4, 5, generator=generator, dtype=torch.float64) * 2 + mean).to(dtype) for c in CHANNELS]
+        (torch.randn(n, sum(CHANNELS), 4, 5, generator=generator, dtype=torch.float64) * 2 + mean).to(dtype)
         for n in SIZES
     ]
 
 
-def calibrated(given: list[list[Tensor]], mode: str, momentum: float = 0.1) -> tuple[list[Tensor], list[Tensor]]:
+def calibrated(given: list[Tensor], mode: str, momentum: float = 0.1) -> tuple[list[Tensor], list[Tensor]]:
     """The statistics after all batches; in ``"pooled"`` the unbiased variances."""
     mean, var, count = [], [], [0] * len(CHANNELS)
     for position, images in enumerate(given):
-        moments = [ops.bn_moments(x) for x in images]
-        counts = [x.numel() // x.shape[1] for x in images]
+        moments = [ops.bn_moments(x) for x in images.split(CHANNELS, 1)]
+        counts = [images.numel() // images.shape[1]] * len(CHANNELS)
         batch = [m[0] for m, _ in moments], [m2[0] for _, m2 in moments], counts
         mean, var = ops.bn_merge(mean, var, count, *batch, mode=mode, batches=position, momentum=momentum)
         count = [a + b for a, b in zip(count, counts, strict=True)]
@@ -42,15 +42,15 @@ def calibrated(given: list[list[Tensor]], mode: str, momentum: float = 0.1) -> t
 
 
 class Layers(nn.Module):
-    """Batch norms side by side, each on an image of its own."""
+    """Batch norms side by side, each on channels of its own."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels, **settings) for channels in CHANNELS)
 
-    def forward(self, images: list[Tensor]) -> None:
+    def forward(self, images: Tensor) -> None:
         """Nothing but the statistics is wanted."""
-        for norm, x in zip(self.norms, images, strict=True):
+        for norm, x in zip(self.norms, images.split(CHANNELS, 1), strict=True):
             norm(x)
 
 
@@ -61,7 +61,7 @@ def test_modes_are_those_of_recalibrate(mode: str, dtype: torch.dtype) -> None:
     float32 to the digits that layers of float32 keep."""
     given = batches(dtype)
     model = Layers(dtype=dtype)
-    recalibrate(model, [(x,) for x in given], mode)  # type: ignore[arg-type]
+    recalibrate(model, given, mode)  # type: ignore[arg-type]
     epsilon = 16 * torch.finfo(dtype).eps
     for norm, mean, var in zip(model.norms, *calibrated(given, mode), strict=True):
         torch.testing.assert_close(mean, norm.running_mean.double(), rtol=epsilon, atol=epsilon)
@@ -83,8 +83,9 @@ def test_ema_with_any_momentum(momentum: float) -> None:
 def test_pooled_is_exact(mean: float) -> None:
     """Pooled statistics are those of all values at once, also far from zero."""
     given = batches(mean=mean)
-    for layer, (got_mean, got_var) in enumerate(zip(*calibrated(given, "pooled"), strict=True)):
-        var, exact = torch.var_mean(torch.cat([images[layer] for images in given]), (0, 2, 3))
+    images = torch.cat(given).split(CHANNELS, 1)
+    for x, got_mean, got_var in zip(images, *calibrated(given, "pooled"), strict=True):
+        var, exact = torch.var_mean(x, (0, 2, 3))
         torch.testing.assert_close(got_mean, exact, rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(got_var, var, rtol=1e-9 if mean > 1e5 else 1e-12, atol=0)
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.seeds import T_95
 from spos_fast import Evaluator, UniformSampler, pipeline
 from spos_fast.analysis.drawing import SMALL, new_figure
 from spos_fast.analysis.page import DASHES, WIDTHS
@@ -106,14 +105,14 @@ def measure(
         device: where the networks run.
 
     Raises:
-        InputError: sizes that the training part does not have, fewer than 3 architectures or 2 draws, or a folder that
+        InputError: sizes that the training part does not have, fewer than 3 architectures, no draw, or a folder that
             holds scores of another measurement.
     """
     config = resolve(folder, {}, {})
     source = config.data.load(None)
     space = pipeline.make_space(config, source)
-    if architectures < 3 or not 2 <= draws <= len(T_95) + 1:
-        raise InputError(f"architectures, draws: got {architectures}, {draws}; at least 3, and from 2 to 10, are right")
+    if architectures < 3 or draws < 1:
+        raise InputError(f"architectures, draws: got {architectures}, {draws}; at least 3 and 1 are right")
     if not sizes or min(sizes) < 2 or max(sizes) > source.train_size:
         raise InputError(f"sizes: got {list(sizes)}; from 2 to {source.train_size:,} images are there")
     net = pipeline.load_supernet(pipeline.Job(folder, config, source, space, device))
@@ -190,20 +189,16 @@ def _stability(known: dict[Any, list[float]], mode: str, size: int, draws: int, 
     )
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of Student's t."""
-    return float(np.mean(values)), float(T_95[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def table(measured: Sequence[Stability]) -> str:
-    """Markdown: a row a size, and for every mode Spearman, Kendall (mean ± 95 % interval) and the mean accuracy."""
+    """Markdown: a row a size; for every mode Spearman and Kendall, mean and range of the draws, and the accuracy."""
     heads = [f"{mode}: {name}" for mode in MODES for name in ("Spearman", "Kendall", "accuracy")]
     lines = ["| images | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
     for size in dict.fromkeys(row.images for row in measured):
         cells = []
         for mode in MODES:
             row = next(row for row in measured if (row.mode, row.images) == (mode, size))
-            cells += ["{:.2f} ± {:.2f}".format(*mean_interval(values)) for values in (row.spearman, row.kendall)]
+            for values in (row.spearman, row.kendall):
+                cells.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
             cells.append(f"{row.accuracy:.1%}")
         lines.append(f"| {size:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -216,8 +211,9 @@ def figure(measured: Sequence[Stability], architectures: int) -> str:
     for mode, (colour, shape, mark) in STYLES.items():
         rows = [row for row in measured if row.mode == mode]
         sizes = [row.images for row in rows]
-        means, halves = np.array([mean_interval(row.spearman) for row in rows]).T
-        axes.fill_between(sizes, means - halves, np.minimum(means + halves, 1), color=COLOURS[colour], alpha=0.18, lw=0)
+        means = [float(np.mean(row.spearman)) for row in rows]
+        low, high = ([end(row.spearman) for row in rows] for end in (min, max))
+        axes.fill_between(sizes, low, high, color=COLOURS[colour], alpha=0.18, lw=0)
         axes.plot(
             sizes, means, mark, ls=DASHES[shape], lw=WIDTHS[shape], color=COLOURS[colour], ms=5.5, label=mode
         )  # fmt: skip
@@ -232,7 +228,7 @@ def figure(measured: Sequence[Stability], architectures: int) -> str:
     axes.legend(loc="lower right", frameon=False, fontsize=SMALL, labelcolor=COLOURS["ink"])
     description = (
         f"Rank correlation of {architectures} architectures with their ranking by exact statistics of the reference, "
-        f"against calibration images, mean over draws with 95% interval. {'; '.join(told)}."
+        f"against calibration images, mean and range of the draws. {'; '.join(told)}."
     )
     return standalone_svg(inline_svg(drawing, "stability", description))
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spos_fast.architecture import Architecture
     from spos_fast.calibration import recalibrate
-    from spos_fast.errors import CheckpointError, InputError
+    from spos_fast.distributed_evaluation import DistributedEvaluator
+    from spos_fast.early_stopping import EarlyStopping
+    from spos_fast.errors import CheckpointError, InputError, RankError
     from spos_fast.evaluation import Evaluator, Score, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
     from spos_fast.latency import LatencySettings, LatencyTable
@@ -30,12 +32,15 @@ _HOME = {
     "CheckpointError": "errors",
     "Constraint": "sampling",
     "Cost": "spaces",
+    "DistributedEvaluator": "distributed_evaluation",
+    "EarlyStopping": "early_stopping",
     "Evaluator": "evaluation",
     "InputError": "errors",
     "LatencySettings": "latency",
     "LatencyTable": "latency",
     "Metrics": "training",
     "ParetoResult": "pareto",
+    "RankError": "errors",
     "Score": "evaluation",
     "SearchResult": "evolution",
     "TrainConfig": "training",
@@ -57,12 +62,15 @@ __all__ = [
     "CheckpointError",
     "Constraint",
     "Cost",
+    "DistributedEvaluator",
+    "EarlyStopping",
     "Evaluator",
     "InputError",
     "LatencySettings",
     "LatencyTable",
     "Metrics",
     "ParetoResult",
+    "RankError",
     "Score",
     "SearchResult",
     "TrainConfig",

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from spos_fast.errors import CheckpointError, InputError
+from spos_fast.errors import CheckpointError, InputError, RankError
 from spos_fast.nasbench.commands import add_subcommands
 
 DESCRIPTION = """\
@@ -52,7 +52,7 @@ STAGES_OF = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 for a lost rank, 2 for an error of the user's, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["nasbench"]:
@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, CheckpointError) as error:
         print(f"spos-fast: error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"spos-fast: error: {error}; run the same command again to go on", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # whoever read our output (head, less) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 0
@@ -109,33 +112,44 @@ def _run(options: argparse.Namespace) -> None:
         raise InputError(f"--workers: got {options.workers}; expected 0 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = resolve(options.folder, preset, flags)
-    if not merged(preset, flags).get("data") and not (options.folder / "config.json").exists():
-        raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
-    # Everything that can be refused is refused before a folder is made.
-    source = config.data.load(options.workers)
-    space = pipeline.make_space(config, source, options.folder, _warn)
-    for stage in STAGES_OF[options.command]:
-        pipeline.check_settings(stage, config, source, space)
-    if options.command in ("search", "retrain"):
-        pipeline.require_stage_before(options.command, options.folder, config)
-    job = pipeline.Job(options.folder, config, source, space, device, options.workers, not options.no_tensorboard)
-    chosen = _chosen(options, job) if options.command == "retrain" else {}
+    if not 0 < options.rank_timeout < float("inf"):
+        raise InputError(f"--rank-timeout: got {options.rank_timeout:g}; expected a positive number of seconds")
     with ExitStack() as stack:
-        stack.enter_context(distributed.process_group(device))
-        if distributed.world_size() > 1 and options.command not in ("train", "retrain"):
-            raise InputError(f"{options.command}: runs in one process; start it without torchrun")
-        if distributed.rank() == 0:
+        # Joined first: what one rank alone refuses from here on ends the others too.
+        exchange = stack.enter_context(distributed.process_group(device, options.rank_timeout))
+        config = resolve(options.folder, preset, flags)
+        if not merged(preset, flags).get("data") and not (options.folder / "config.json").exists():
+            raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
+        # Everything that can be refused is refused before a folder is made.
+        source = config.data.load(options.workers)
+        space = pipeline.make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
+        for stage in STAGES_OF[options.command]:
+            pipeline.check_settings(stage, config, source, space)
+        if options.command in ("search", "retrain"):
+            pipeline.require_stage_before(options.command, options.folder, config)
+        job = pipeline.Job(
+            options.folder,
+            config,
+            source,
+            space,
+            device,
+            workers=options.workers,
+            tensorboard=not options.no_tensorboard,
+            exchange=exchange,
+        )
+        chosen = _chosen(options, job) if options.command == "retrain" else {}
+        if exchange.rank == 0:  # the others write and say nothing
             stack.enter_context(Run(options.folder, preset, flags, STAGES_OF[options.command]))
-        listener = job.listener = stack.enter_context(_console())
+            console = job.listener = stack.enter_context(_console())
+        exchange.barrier()  # a folder that rank 0 cannot have ends all ranks here
         if options.command in ("demo", "train"):
             pipeline.train_supernet(job)
         if options.command in ("demo", "search"):
             pipeline.search(job)
         if options.command in ("demo", "retrain"):
             pipeline.retrain(job, chosen or pipeline.baselines(job))
-        if distributed.rank() == 0:
-            listener.say(f"report: {write_report(options.folder)}")
+        if exchange.rank == 0:
+            console.say(f"report: {write_report(options.folder)}")
 
 
 def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
@@ -263,6 +277,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--workers", type=int, metavar="N", help="processes that decode images (default: by the cores)"
+        )
+        command.add_argument(
+            "--rank-timeout",
+            type=float,
+            default=30.0,
+            metavar="SECONDS",
+            help="under torchrun: a process counts as gone after this time without a sign of life (default 30)",
         )
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])

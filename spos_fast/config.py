@@ -183,6 +183,8 @@ class SearchConfig(CostRange):
         calibration_images: images of the training part that the statistics come from.
         calibration_batch: images in a batch of calibration.
         batch_size: images in a batch of validation.
+        early_stopping: confidence, such as 0.99, with which candidates that do not reach the top_k are dropped before
+            they have seen all validation images; 0: never.
         supernet: published SPOS checkpoint to search with, instead of training one.
         latency_table: file of `spos-fast latency`; costs then have a latency. The run keeps a copy.
         latency_ms_min: least predicted latency of an architecture, in milliseconds.
@@ -202,6 +204,7 @@ class SearchConfig(CostRange):
     calibration_images: int = 20000
     calibration_batch: int = 128
     batch_size: int = 256
+    early_stopping: float = 0.0
     supernet: str = ""
     latency_table: str = ""
     latency_ms_min: float = 0.0
@@ -230,6 +233,8 @@ class SearchConfig(CostRange):
             raise InputError(f"mutation_probability: got {self.mutation_probability}; expected 0 to 1")
         if self.calibration_batch < 2:
             raise InputError(f"calibration_batch: got {self.calibration_batch}; expected at least 2")
+        if self.early_stopping and not 0.5 <= self.early_stopping < 1:
+            raise InputError(f"early_stopping: got {self.early_stopping:g}; expected 0, or 0.5 or more and below 1")
         if self.bn_mode not in MODES:
             raise InputError(f"bn_mode: got {self.bn_mode!r}; expected one of {', '.join(MODES)}")
         for name in ("latency_ms_min", "latency_ms_max"):

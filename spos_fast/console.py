@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spos_fast import distributed
 from spos_fast.evaluation import Score
 from spos_fast.recording import Listener
 from spos_fast.training import Metrics
@@ -22,7 +21,7 @@ _UNITS = {
 
 
 class Console(Listener):
-    """Draws what a stage reports on standard error; results go to standard output. Silent on ranks other than 0."""
+    """Draws what a stage reports on standard error; results go to standard output."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -40,8 +39,7 @@ class Console(Listener):
     def say(self, text: str) -> None:
         """Print a line of results."""
         self.close()
-        if distributed.rank() == 0:
-            print(text, flush=True)
+        print(text, flush=True)
 
     def resumed(self, stage: str, done: int, total: int) -> None:
         """Start the bar of a stage."""

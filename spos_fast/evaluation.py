@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from spos_fast.architecture import Architecture
-from spos_fast.calibration import MODES, Mode, recalibrate
+from spos_fast.calibration import MODES, Mode
 from spos_fast.data import Images
+from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
+from spos_fast.memory import Probe, free_memory
+from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
+from spos_fast.prefix_tree import Node, Parts, Route, build, walk
+from spos_fast.running import RunningStatistics
 from spos_fast.supernet import Supernet
+
+# Of the free memory, for activations: other processes and torch's own buffers need some too.
+_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -21,33 +34,50 @@ class Score:
     """How well a network does on a set of images.
 
     Attributes:
-        accuracy: share of images whose greatest logit is their class; 0 if any logit is NaN or infinite.
-        loss: mean cross-entropy, without label smoothing.
+        accuracy: share of images whose greatest logit is their class; 0 if the network failed.
+        loss: mean cross-entropy, without label smoothing; NaN if the network failed.
         images: number of images.
+        failed: whether a logit, or a statistic of its normalisation layers, was NaN or infinite.
+        stopped: whether it was dropped by early stopping; accuracy and loss are those of the images seen until then.
     """
 
     accuracy: float
     loss: float
     images: int
+    failed: bool = False
+    stopped: bool = False
 
 
 class Evaluator:
-    """Scores architectures: recalibrates batch normalisation of the path, then measures its accuracy.
+    """Scores architectures: recalibrates batch normalisation of their paths, then measures their accuracy.
 
-    The same architecture gives the same score, bit for bit on the CPU, whatever was scored before.
+    Architectures that begin alike share the work on their common prefix (:mod:`spos_fast.prefix_tree`), so score a
+    generation in one call. The same architecture gives the same score, bit for bit on the CPU, whatever it is scored
+    with, in whatever order, and whatever the memory (with early stopping, after the same calls before). A candidate
+    that gives NaN or infinity has failed, and says so; no other is touched by it. (If the images are at fault, all
+    fail.)
+
+    The supernet stays as it is, its running statistics too; to get a network with its statistics, ``net.extract`` it
+    and :func:`spos_fast.recalibrate` it.
 
     Args:
-        net: a trained supernet. Only the statistics of its normalisation layers are written to; its weights are laid
-            out as channels_last, with the same values.
+        net: a trained supernet. Its weights are laid out as channels_last, with the same values.
         calibration: images for the statistics, from the training part.
         validation: images for the accuracy, split off the training part; never the test set.
         mode: how statistics are averaged, see :func:`spos_fast.recalibrate`.
         calibration_batch: most images in a batch of calibration. The set is cut into batches of equal size (give or
-            take one image), so that every batch weighs the same.
+            take one image), so that every batch weighs the same; a smaller set is one batch.
         batch_size: images in a batch of validation.
+        memory: bytes that activations may take; None is half of what is free. Less than what all shared prefixes need
+            costs time, as prefixes are computed again.
+        stacked: whether architectures that run the same block on different inputs run it in one call; None is yes on
+            GPUs, where one small batch does not fill the device, and no on CPUs.
+        early_stopping: drops hopeless candidates between batches of validation, and learns the scores of every call;
+            images then come in a random order that never changes. None: all candidates see all images.
 
     Raises:
-        InputError: empty image sets, or batch sizes below 1 (below 2 for calibration).
+        InputError: empty image sets, labels below 0, batch sizes below 1 (below 2 for calibration), or early stopping
+            with all validation images in one batch.
     """
 
     def __init__(
@@ -59,6 +89,9 @@ class Evaluator:
         mode: Mode = "cumulative",
         calibration_batch: int = 128,
         batch_size: int = 256,
+        memory: int | None = None,
+        stacked: bool | None = None,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         for name, images in (("calibration", calibration), ("validation", validation)):
             if len(images) == 0:
@@ -71,43 +104,114 @@ class Evaluator:
             raise InputError(f"calibration_batch: got {calibration_batch}; batch statistics need at least 2 images")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}; expected a positive number")
+        if early_stopping is not None and len(validation) <= batch_size:
+            raise InputError(
+                f"batch_size: got {batch_size}; early stopping looks at candidates between batches, and the "
+                f"{len(validation)} validation images are one batch; lower it"
+            )
+        if memory is not None and memory < 1:
+            raise InputError(f"memory: got {memory}; expected a positive number of bytes, or None for what is free")
         # Faster than NCHW; docs/performance.md.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.mode = net, mode
         self.calibration, self.validation = calibration, validation
         self.calibration_batch, self.batch_size = calibration_batch, batch_size
+        self.memory, self.stacked, self.early_stopping = memory, stacked, early_stopping
+        self._probe = Probe()
+        self._labels_checked = False
 
     def __call__(self, archs: Sequence[Architecture]) -> list[Score]:
-        """Scores of the architectures, in their order.
+        """Scores of the architectures, in their order. One that occurs twice is scored once.
 
         Raises:
-            InputError: an architecture is of another space.
+            InputError: an architecture is of another space; a layer gets a single value a channel to take statistics
+                of; labels that the network has no logit for; ``memory`` that one batch does not fit in. The supernet is
+                untouched then.
         """
-        return [self._score(arch) for arch in archs]
+        routes = [tuple(self.net.route(arch)) for arch in archs]
+        different = list(dict.fromkeys(routes))
+        with torch.no_grad(), _evaluation_mode(self.net):
+            if archs and not self._labels_checked:
+                _check_labels(self.validation.labels, self.net(self._few_images(), archs[0]))
+                self._labels_checked = True
+            scores = dict(zip(different, self._score(different), strict=True))
+        result = [scores[route] for route in routes]
+        if self.early_stopping is not None:
+            self.early_stopping.learn(archs, result)
+        return result
 
-    def _score(self, arch: Architecture) -> Score:
-        net, modules = self.net, self.net.path(arch)
-        recalibrate(
-            net,
-            self._calibration_batches(),
-            self.mode,
-            modules=modules,
-            forward=lambda images: net(images, arch),
-            allow_nonfinite=True,  # such a path scores 0
-        )
-        training = [(module, module.training) for root in modules for module in root.modules()]
-        try:
-            for module, _ in training:
-                module.training = False
-            return _score(lambda images: net(images, arch), self.validation.batches(self.batch_size))
-        finally:
-            for module, flag in training:
-                module.training = flag
+    def _score(self, routes: Sequence[Route]) -> list[Score]:
+        """Scores of different routes."""
+        if not routes:
+            return []
+        net = self.net
+        blocks = [
+            {(choice, mid): Part(candidates[choice], mid) for choice, mid in {route[layer] for route in routes}}  # type: ignore[index]
+            for layer, candidates in enumerate(net.features)
+        ]
+        parts = Parts(Part(net.first_conv), blocks, HeadPart(net.conv_last, _Classifier(net)))
+        shared, width = self._plan(parts, len(routes))
+        if shared is None:
+            return [score for route in routes for score in self._score_tree(parts, [route], 0, width)]
+        return self._score_tree(parts, routes, shared, width)
+
+    def _score_tree(self, parts: Parts, routes: Sequence[Route], shared: int, width: int) -> list[Score]:
+        root = build(parts, routes, shared)
+        paths = root.paths()
+        nodes = list(dict.fromkeys(node for path in paths for node in path))
+        running = RunningStatistics([node.part for node in nodes], self.mode)
+        for images in self._calibration_batches():
+            moments: dict[Node, Moments] = {}
+            walk(root, images, partial(_calibrate, moments), width)
+            running.merge([moments[node] for node in nodes])
+        statistics = dict(zip(nodes, running.statistics(), strict=True))
+        tally = _Tally(len(routes), self.validation.labels.device)
+        seen, total = 0, len(self.validation)
+        for images, labels in self._validation_batches():
+            walk(root, images, partial(_validate, statistics, tally, labels), width)
+            seen += len(labels)
+            if self.early_stopping is not None and seen < total:
+                looks = -(-total // self.batch_size) - 1
+                if not root.prune(self.early_stopping.alive(tally.correct, seen, total, looks).tolist()):
+                    break
+        sound = dict(zip(nodes, running.finite().tolist(), strict=True))
+        return tally.scores(total, [all(sound[node] for node in path) for path in paths])
+
+    def _plan(self, parts: Parts, routes: int) -> tuple[int | None, int]:
+        """How many blocks of a prefix may be shared (None: not even the stem), and how many nodes run together."""
+        device = self.calibration.pixels.device
+        budget = int(free_memory(device) * _SHARE) if self.memory is None else self.memory
+        batches = -(-len(self.calibration) // self.calibration_batch)
+        images = max(-(-len(self.calibration) // batches), min(self.batch_size, len(self.validation)))
+        made, working = self._probe.needs(parts, self._few_images()).of(images)
+        if self.memory is not None and working > budget:
+            raise InputError(
+                f"memory: got {budget:,} bytes; a batch of {images} images needs about {working:,}; give more, or "
+                "lower calibration_batch and batch_size"
+            )
+        stacked = device.type != "cpu" if self.stacked is None else self.stacked
+        width = min(budget // (sum(made) + working), routes if stacked else 1)
+        if width >= 1:
+            return len(parts.blocks), width
+        fitting = [depth for depth in range(len(made)) if sum(made[: depth + 1]) + working <= budget]
+        return max(fitting, default=None), 1
+
+    def _few_images(self) -> Tensor:
+        return self.calibration.normalization(self.calibration.pixels[:2])
 
     def _calibration_batches(self) -> Iterator[Tensor]:
         pixels, normalize = self.calibration.pixels, self.calibration.normalization
         for part in torch.tensor_split(pixels, -(-len(pixels) // self.calibration_batch)):
             yield normalize(part)
+
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.early_stopping is None:
+            yield from self.validation.batches(self.batch_size)
+            return
+        pixels, labels, normalize = self.validation.pixels, self.validation.labels, self.validation.normalization
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+        for part in order.split(self.batch_size):
+            yield normalize(pixels[part]), labels[part]
 
 
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
@@ -120,33 +224,106 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Sc
     Raises:
         InputError: there is no batch.
     """
-    training = network.training
-    network.eval()
-    try:
-        return _score(network, batches)
-    finally:
-        network.train(training)
-
-
-def _score(forward, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:  # type: ignore[no-untyped-def]
-    correct = loss = finite = None
+    tally: _Tally | None = None
     images = 0
-    with torch.no_grad():
+    with torch.no_grad(), _evaluation_mode(network):
         for pixels, labels in batches:
-            logits = forward(pixels).float()
-            if images == 0 and int(labels.max()) >= logits.shape[1]:
-                raise InputError(
-                    f"labels: there is a class {int(labels.max())}; the network gives {logits.shape[1]} logits"
-                )
-            right = (logits.argmax(1) == labels).sum()
-            total = functional.cross_entropy(logits, labels, reduction="sum").double()
-            clean = logits.isfinite().all()
-            # Sums stay on the device: one synchronisation a network, not one a batch.
-            correct = right if correct is None else correct + right
-            loss = total if loss is None else loss + total
-            finite = clean if finite is None else finite & clean
+            logits = network(pixels)
+            if tally is None:
+                _check_labels(labels, logits)
+                tally = _Tally(1, logits.device)
+            tally.add(0, logits, labels)
             images += len(labels)
-    if correct is None or loss is None or finite is None:
+    if tally is None:
         raise InputError("batches: there is none to evaluate on")
-    accuracy = correct.item() / images if finite.item() else 0.0
-    return Score(accuracy, loss.item() / images, images)
+    return tally.scores(images, [True])[0]
+
+
+def _calibrate(moments: dict[Node, Moments], nodes: Sequence[Node], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Runs nodes on batch statistics, which go into ``moments``."""
+    outputs: list[Tensor | None] = []
+    for part, first, last in _runs(nodes):
+        made = part.calibrate(inputs[first:last])
+        moments.update(zip(nodes[first:last], (batch for _, batch in made), strict=True))
+        outputs += [out for out, _ in made]
+    return outputs
+
+
+def _validate(
+    statistics: dict[Node, Statistics], tally: _Tally, labels: Tensor, nodes: Sequence[Node], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Runs nodes on given statistics; what leaves make goes into ``tally``."""
+    outputs: list[Tensor | None] = []
+    for part, first, last in _runs(nodes):
+        outputs += part.infer(inputs[first:last], [statistics[node] for node in nodes[first:last]])
+    for place, node in enumerate(nodes):
+        if node.leaf is not None:
+            tally.add(node.leaf, cast(Tensor, outputs[place]), labels)
+            outputs[place] = None
+    return outputs
+
+
+def _runs(nodes: Sequence[Node]) -> Iterator[tuple[Part, int, int]]:
+    """Neighbours with the same part: that, the first, and the one behind the last."""
+    first = 0
+    for part, group in itertools.groupby(nodes, key=lambda node: node.part):
+        last = first + sum(1 for _ in group)
+        yield part, first, last
+        first = last
+
+
+class _Tally:
+    """Sums over validation images for some networks. They stay on the device: one synchronisation at the end."""
+
+    def __init__(self, networks: int, device: torch.device) -> None:
+        self.correct = torch.zeros(networks, dtype=torch.float64, device=device)
+        self._loss, self._finite = torch.zeros_like(self.correct), torch.ones_like(self.correct)
+        self._images = [0] * networks
+
+    def add(self, network: int, logits: Tensor, labels: Tensor) -> None:
+        """Logits ``[N, classes]`` of one network and labels ``[N]``."""
+        logits = logits.float()
+        self.correct[network] += (logits.argmax(1) == labels).sum()
+        self._loss[network] += functional.cross_entropy(logits, labels, reduction="sum")
+        self._finite[network] *= logits.isfinite().all()
+        self._images[network] += len(labels)
+
+    def scores(self, total: int, sound: Sequence[bool]) -> list[Score]:
+        """Scores, of that many images if a network was not stopped; whether all but its logits is finite."""
+        correct, loss, finite = torch.stack((self.correct, self._loss, self._finite)).tolist()
+        return [
+            Score(right / images, sum_ / images, images, stopped=images < total)
+            if ok and clean
+            else Score(0.0, math.nan, images, failed=True)
+            for right, sum_, ok, clean, images in zip(correct, loss, finite, sound, self._images, strict=True)
+        ]
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    highest = int(labels.max())
+    if highest >= logits.shape[1]:
+        raise InputError(f"labels: there is a class {highest}; the network gives {logits.shape[1]} logits")
+
+
+class _Classifier(nn.Module):
+    """What a supernet has behind its last convolution."""
+
+    def __init__(self, net: Supernet) -> None:
+        super().__init__()
+        self.dropout, self.classifier = net.dropout, net.classifier
+        self._classify = net.classify
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._classify(x)
+
+
+@contextmanager
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Training flags off, and then as they were, one by one."""
+    flags = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

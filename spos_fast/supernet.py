@@ -93,6 +93,14 @@ class Supernet(nn.Module):
         blocks = [block for block, _ in self._blocks(arch)]
         return [self.first_conv, *blocks, self.conv_last, self.dropout, self.classifier]
 
+    def route(self, arch: Architecture) -> list[tuple[int, int]]:
+        """For every block the index of its candidate in :attr:`features` and its number of mid channels.
+
+        Raises:
+            InputError: the architecture is not of this supernet's space.
+        """
+        return list(self._route(arch))
+
     def _blocks(self, arch: Architecture) -> list[tuple[nn.Module, int]]:
         """The blocks of the path and their mid channels."""
         routed = zip(self.features, self._route(arch), strict=True)
@@ -108,7 +116,10 @@ class Supernet(nn.Module):
         x = self.first_conv(x)
         for block, mid in blocks:
             x = block(x, mid)
-        x = self.conv_last(x)
+        return self.classify(self.conv_last(x))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """What :attr:`conv_last` makes, ``[N, C, H, W]``, to logits ``[N, classes]``."""
         return self.classifier(self.dropout(x.mean((2, 3))))
 
     def extract(self, arch: Architecture) -> nn.Module:

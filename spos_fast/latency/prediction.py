@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
@@ -35,15 +36,13 @@ class Prediction:
 
     @property
     def spearman(self) -> float:
-        """Rank correlation, average ranks for equals; NaN if one side is constant."""
-        return _pearson(_ranks(self.predicted), _ranks(self.measured))
+        """Rank correlation; NaN if one side is constant."""
+        return float(stats.spearmanr(self.predicted, self.measured).statistic)
 
     @property
     def kendall(self) -> float:
         """Kendall's tau-b; NaN if one side is constant."""
-        a, b = (np.sign(np.subtract.outer(values, values)) for values in (self.predicted, self.measured))
-        pairs = np.sqrt(float((a != 0).sum()) * float((b != 0).sum()))
-        return float((a * b).sum() / pairs) if pairs else float("nan")
+        return float(stats.kendalltau(self.predicted, self.measured).statistic)
 
     @property
     def mean_error(self) -> float:
@@ -135,17 +134,3 @@ def _sample(
         if progress is not None:
             progress(number + 1, warmup + rounds)
     return samples
-
-
-def _ranks(values: tuple[float, ...]) -> np.ndarray:
-    """1 for the least; equals share the mean of their ranks."""
-    array = np.array(values)
-    below = (array[:, None] > array).sum(1)
-    equal = (array[:, None] == array).sum(1)
-    return below + (equal + 1) / 2
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale else float("nan")

@@ -88,14 +88,14 @@ class Clock:
     """Times what happens between two marks: wall time on the CPU, events of the stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
 
     def mark(self) -> Any:
         """Now."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:

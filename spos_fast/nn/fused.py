@@ -1,7 +1,8 @@
 """When a choice block's modules can be run as one fused op, and running them so.
 
 The modules stay what they are: parameters, buffers and state-dict names do not change, and running statistics move as
-``torch.nn.BatchNorm2d`` moves them.
+``torch.nn.BatchNorm2d`` moves them. ``calibrate`` and ``infer`` leave even those alone: statistics go out and come in
+as tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from spos_fast import ops
@@ -82,37 +84,64 @@ def run(
         stride: of the block.
         mid: how many mid channels are used, the first ones; None for all. Running statistics move inside of the slice.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not x.numel() or not _fits(x):
+    block = match(plan, branch, projection, stride, mid) if takes(x) else None
+    if block is None:
         return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    if _has_any_global_hook() or any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
-        return None
+    on_batch = list(map(_on_batch_statistics, block.norms))
+    if all(on_batch) and has_kernel(plan.op, x):
+        return _train(block, x)
+    if not any(on_batch) and not _wants_gradients(x, block) and has_kernel(f"{plan.op}_infer", x):
+        return infer(block, x, *_folded(block))
+    return None
+
+
+def match(
+    plan: Plan, branch: nn.Sequential, projection: nn.Sequential | None, stride: int, mid: int | None = None
+) -> Block | None:
+    """The block's layers as its op takes them; None if the modules do something else than the op.
+
+    Args: see :func:`run`. Whether the op takes the images (:func:`takes`) and has a kernel for them is not looked at.
+    """
     layers = [*branch._modules.values()]
     if projection is not None:
         layers += projection._modules.values()
     if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
-    if any(map(_changed, (branch, *layers))) or (projection is not None and _changed(projection)):
+    if any(map(changed, (branch, *layers))) or (projection is not None and changed(projection)):
         return None
     convolutions = [layer for layer in layers if type(layer) is _CONV]
     weights = [layer.weight for layer in convolutions]
-    if not all(map(_usual, convolutions, weights, plan.strides(stride, projection))):
+    if not all(map(usual, convolutions, weights, plan.strides(stride, projection))):
         return None
     norms = [layer for layer in layers if type(layer) is _NORM]
     eps, affine = norms[0].eps, norms[0].affine
     if any(norm.eps != eps or norm.affine != affine for norm in norms):
         return None
-    on_batch = list(map(_on_batch_statistics, norms))
-    block = _Block(plan, norms, weights, stride, mid)
-    if all(on_batch) and _has_kernel(plan.op, x):
-        return _train(block, x)
-    if not any(on_batch) and not _wants_gradients(x, block) and _has_kernel(f"{plan.op}_infer", x):
-        return _infer(block, x)
-    return None
+    return Block(plan, norms, weights, stride, mid)
 
 
-class _Block(NamedTuple):
+def match_pointwise(layers: nn.Sequential) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The convolution and the normalisation of pointwise convolution, BN, ReLU; None if the modules are others, or do
+    something else than the ops.
+    """
+    if tuple(map(type, layers)) != (_CONV, _NORM, _RELU) or any(map(changed, (layers, *layers))):
+        return None
+    convolution, norm = cast("nn.Conv2d", layers[0]), cast("nn.BatchNorm2d", layers[1])
+    if not usual(convolution, convolution.weight, (False, 1)):
+        return None
+    return convolution, norm
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the ops stand in for modules on x: channels-last images, nothing that wants to see the modules run."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 4 or not x.numel() or not _fits(x):
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not _has_any_global_hook() and all(kind.forward is forward for kind, forward in _FORWARDS.items())
+
+
+class Block(NamedTuple):
     """A block's layers: main branch, then projection."""
 
     plan: Plan
@@ -133,26 +162,48 @@ class _Block(NamedTuple):
 
     def widths(self) -> list[int]:
         """Channels that are used of every normalisation layer."""
-        sliced = itertools.chain(self.plan.sliced, itertools.repeat(False))
-        return [
-            self.mid if self.mid is not None and inner else norm.num_features
-            for norm, inner in zip(self.norms, sliced, strict=False)
-        ]
+        return widths(self.plan, self.norms, self.mid)
 
 
-def _train(block: _Block, x: Tensor) -> Tensor:
+def widths(plan: Plan, norms: Sequence[_BatchNorm], mid: int | None) -> list[int]:
+    """How many channels a block uses of each of its normalisation layers, main branch before projection."""
+    sliced = itertools.chain(plan.sliced, itertools.repeat(False))
+    pairs = zip(norms, sliced, strict=False)
+    return [mid if mid is not None and inner else norm.num_features for norm, inner in pairs]
+
+
+def calibrate(block: Block, x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The block on batch statistics, which are handed out instead of moving the running ones.
+
+    Args:
+        block: its layers.
+        x: [groups * N, C, H, W], which the op takes.
+        groups: runs of N images, each with statistics of its own.
+
+    Returns:
+        The output; mean and variance (divided by the count) in front of the normalisation layers, both [groups,
+        normalised], or [normalised] for one group, one layer behind the other; for every layer how many values a
+        channel has.
+    """
     widths, norms = block.widths(), block.norms
     gamma = _joined([norm.weight for norm in norms], widths) if norms[0].affine else None
     beta = _joined([norm.bias for norm in norms], widths) if norms[0].affine else None
-    made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, eps=norms[0].eps, **block.keywords())
-    counts = [made.out.shape[0] * made.out.shape[2] * made.out.shape[3]] * len(norms)
+    keywords = block.keywords() | dict(eps=norms[0].eps, groups=groups)
+    made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, **keywords)
+    counts = [made.out.shape[0] // groups * made.out.shape[2] * made.out.shape[3]] * len(norms)
     for position in range(block.plan.depthwise.index(True)):  # layers in front of the stride
-        counts[position] = x.shape[0] * x.shape[2] * x.shape[3]
-    move_statistics(norms, made.mean.split(widths), made.var.split(widths), counts)
-    return cast(Tensor, made.out)
+        counts[position] = x.shape[0] // groups * x.shape[2] * x.shape[3]
+    return made.out, made.mean, made.var, counts
 
 
-def _infer(block: _Block, x: Tensor) -> Tensor:
+def infer(block: Block, x: Tensor, scale: Tensor, shift: Tensor, groups: int = 1) -> Tensor:
+    """The block with a scale and a shift in place of its normalisation layers; shapes as :func:`calibrate` gives."""
+    made = getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, groups=groups, **block.keywords())
+    return cast(Tensor, made)
+
+
+def _folded(block: Block) -> tuple[Tensor, Tensor]:
+    """The running statistics as a scale and a shift."""
     norms, widths = block.norms, None if block.mid is None else block.widths()
     scale = _joined([norm.running_var for norm in norms], widths).add_(norms[0].eps).rsqrt_()
     if norms[0].affine:
@@ -160,7 +211,13 @@ def _infer(block: _Block, x: Tensor) -> Tensor:
     shift = _joined([norm.running_mean for norm in norms], widths).mul_(scale).neg_()
     if norms[0].affine:
         shift.add_(_joined([norm.bias for norm in norms], widths))
-    return cast(Tensor, getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, **block.keywords()))
+    return scale, shift
+
+
+def _train(block: Block, x: Tensor) -> Tensor:
+    out, mean, var, counts = calibrate(block, x)
+    move_statistics(block.norms, mean.split(block.widths()), var.split(block.widths()), counts)
+    return out
 
 
 @torch.no_grad()
@@ -214,12 +271,13 @@ def _fits(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-def _has_kernel(op: str, x: Tensor) -> bool:
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether x's device has a kernel for the op, rather than the reference in plain PyTorch."""
     choice = OPS[op].choices.get(x.device.type)
     return choice is not None and choice.kernel != "reference"
 
 
-def _wants_gradients(x: Tensor, block: _Block) -> bool:
+def _wants_gradients(x: Tensor, block: Block) -> bool:
     if not torch.is_grad_enabled():
         return False
     affine = [value for norm in block.norms if norm.affine for value in (norm.weight, norm.bias)]
@@ -231,7 +289,7 @@ def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return own["training"] or (own["_buffers"]["running_mean"] is None and own["_buffers"]["running_var"] is None)
 
 
-def _usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) -> bool:
+def usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) -> bool:
     """Whether a convolution is as the units make it; its attributes may have been changed, or another put in place."""
     depthwise, stride = expected
     channels, _, height, width = weight.shape
@@ -249,7 +307,7 @@ def _usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) -
     )
 
 
-def _changed(module: nn.Module) -> bool:
+def changed(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it a forward of its own."""
     own = vars(module)
     return (

@@ -27,7 +27,7 @@ def _depthwise(channels: int, kernel_size: int, stride: int, **factory: Any) -> 
     return nn.Conv2d(channels, channels, kernel_size, stride, padding, groups=channels, bias=False, **factory)
 
 
-class _Unit(nn.Module):
+class Unit(nn.Module):
     """Two branches that are concatenated.
 
     With ``stride=1`` and as many output as input channels the input is split: even channels pass through, odd channels
@@ -101,9 +101,22 @@ class _Unit(nn.Module):
             mid = operator.index(mid)  # numpy's integers
         if mid is not None and not 1 <= mid <= self.mid_channels:
             raise InputError(f"mid: got {mid}; expected 1 to {self.mid_channels} channels")
-        mid = None if mid == self.mid_channels else mid
+        mid = self.used(mid)
         out = fused.run(self.plan, x, self.branch_main, self.branch_proj, self.stride, mid)
         return out if out is not None else self._plainly(x, mid)
+
+    def matched(self, mid: int | None = None) -> fused.Block | None:
+        """The unit's layers as its fused op takes them; None where the modules must run."""
+        return fused.match(self.plan, self.branch_main, self.branch_proj, self.stride, self.used(mid))
+
+    def normalised(self, mid: int | None = None) -> list[int]:
+        """How many channels are used of every normalisation layer, main branch before projection."""
+        layers = [*self.branch_main, *(self.branch_proj or ())]
+        return fused.widths(self.plan, [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)], self.used(mid))
+
+    def used(self, mid: int | None) -> int | None:
+        """``mid`` with None for all of the mid channels."""
+        return None if mid == self.mid_channels else mid
 
     def _plainly(self, x: Tensor, mid: int | None) -> Tensor:
         # Slices keep the memory format; the view-and-transpose form of the shuffle would leave channels_last.
@@ -131,7 +144,7 @@ def _run_slice(branch: nn.Sequential, x: Tensor, mid: int) -> Tensor:
     return x
 
 
-class ShuffleUnit(_Unit):
+class ShuffleUnit(Unit):
     """ShuffleNetV2 unit with a ``kernel_size`` depthwise convolution (choices k3, k5 and k7 of the paper).
 
     ``branch_main`` is 1x1 conv, BN, ReLU; depthwise conv, BN; 1x1 conv, BN, ReLU.
@@ -178,7 +191,7 @@ class ShuffleUnit(_Unit):
         self.branch_proj = self._projection(kernel_size, stride, affine, **factory)
 
 
-class XceptionUnit(_Unit):
+class XceptionUnit(Unit):
     """The Xception choice: three depthwise 3x3 convolutions, each followed by a 1x1 convolution.
 
     Args and errors as :class:`ShuffleUnit`, without ``kernel_size``.

@@ -295,6 +295,7 @@ _pw_op = define_op(
     triton="spos_fast.kernels.blocks:pw_bnstats",
     autocast=(0, 1),
 )
+# Groups are the raw op's only: with them the units' launchers run a layer of all groups in one pass.
 _dw_op = define_op(
     "dw_bnstats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool relu, int stride, "
     "SymInt channels, Tensor? width, int groups=1) -> (Tensor z, Tensor mean, Tensor m2)",

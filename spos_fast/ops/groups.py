@@ -15,9 +15,11 @@ from spos_fast.errors import InputError
 
 
 def check_groups(groups: int, x: Tensor) -> None:
-    """Refuse groups that do not divide the images of x."""
-    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool) or groups < 1 or x.shape[0] % groups:
-        raise InputError(f"groups must divide the {x.shape[0]} images of x into equal runs, got {groups!r}")
+    """Refuse what is no number of groups, or does not divide the images of x."""
+    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    if groups < 1 or x.shape[0] % groups:
+        raise InputError(f"groups must divide the {x.shape[0]} images of x into equal runs, got {groups}")
 
 
 def each(groups: int, size: int) -> list[int]:

@@ -282,9 +282,12 @@ def test_pytest_benchmark_runs_the_cases(tmp_path):
     both = ["-k", "hash and one and by", "--benchmark-autosave", f"--benchmark-json={tmp_path / 'out.json'}"]
     # Ours alone, for the peer's gate runs the case's tests.
     ours = ["-k", "hash and one and by and not plain", "--benchmark-compare"]
+    # pytest-benchmark measures nothing in a process of pytest-xdist, nor below one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     said = []
     for extra, passed in ((both, 2), (ours, 1)):
-        done = subprocess.run([*command, *storage, *extra], cwd=ROOT, capture_output=True, text=True, check=False)
+        given = [*command, *storage, *extra]
+        done = subprocess.run(given, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and f"{passed} passed" in done.stdout, done.stdout[-3000:]
         said.append(done.stdout)
     assert "plain Python" in said[0] and "(NOW)" in said[1]

@@ -20,6 +20,13 @@ def table(tmp_path_factory):
     return path
 
 
+def test_help(capsys):
+    """The command explains its options and the settings of the space."""
+    with pytest.raises(SystemExit) as caught:
+        main(["latency", "--help"])
+    assert caught.value.code == 0 and "--space.stage_channels" in capsys.readouterr().out
+
+
 def test_the_file_says_what_was_measured(table, capsys):
     """Settings, machine, versions, quantiles and the comparison with whole networks."""
     content = json.loads(table.read_text())

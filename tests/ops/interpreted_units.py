@@ -158,10 +158,17 @@ def test_same_bits_and_no_word_to_the_host(kind: str, size: Sizes, triton_only: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "save"), [("shuffle_unit", ON_DEVICE, True), ("xception_unit", STRIDED, False)], ids=str
+    ("kind", "size", "save", "kernel"),
+    [
+        ("shuffle_unit", ON_DEVICE, False, "native"),
+        ("shuffle_unit", AFFINE, True, "triton"),
+        ("xception_unit", STRIDED, False, "triton"),
+    ],
+    ids=str,
 )
-def test_groups(kind: str, size: Sizes, save: bool, triton_only: None) -> None:
+def test_groups(kind: str, size: Sizes, save: bool, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every group has the bits of a call of its own, with or without saving, and folded; NaN reaches no other."""
+    use_depthwise(kernel, monkeypatch)
     x, *rest = given(kind, replace(size, samples=2 * size.samples))
     x[-1, -1, 0, 0] = torch.nan
     parts, (*stored, _, _), late = x.chunk(2), rest[:-3], rest[-3:]

@@ -1,0 +1,244 @@
+"""Modules that hand out their batch statistics and take statistics in, with no change to their own buffers.
+
+What :class:`spos_fast.Evaluator` builds its tree of: many architectures run the same module on different inputs, each
+with statistics of its own, which the module's one set of running statistics cannot hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spos_fast import ops
+from spos_fast.errors import InputError
+from spos_fast.nn import fused
+from spos_fast.nn.units import Unit
+
+
+class Moments(NamedTuple):
+    """Statistics of one batch in front of a part's normalisation layers, in their order.
+
+    Attributes:
+        mean: vectors, float32 (float64 for float64); neighbouring layers with equal counts stand in one.
+        var: likewise, divided by the count.
+        counts: values a channel, one a vector.
+    """
+
+    mean: list[Tensor]
+    var: list[Tensor]
+    counts: list[int]
+
+
+class Statistics(NamedTuple):
+    """What a part's normalisation layers normalise by, one layer behind the other; all [normalised].
+
+    Attributes:
+        mean, var: of the layers' inputs, float64.
+        scale: ``weight / sqrt(var + eps)``, float32; None for parts that do not fuse.
+        shift: likewise ``bias - mean * scale``.
+    """
+
+    mean: Tensor
+    var: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class Part:
+    """A module of a path at one width, to be run on batch statistics or on given ones.
+
+    A part knows the module as it was when the part was made. It must be in evaluation mode, its normalisation layers
+    too, and gradients off. Units run as fused ops where those give the same; everything else runs its own forward, with
+    other buffers in its normalisation layers for that time. Layers without running statistics normalise by those of
+    their batch, as they always do.
+
+    Args:
+        module: called with its input, and with ``mid`` unless that is None.
+        mid: number of mid channels that it uses.
+
+    Attributes:
+        key: equal for parts that run the same.
+        norms: normalisation layers with running statistics.
+        widths: how many of their channels are used.
+        fuses: whether :meth:`infer` normalises by scale and shift, if the images allow it.
+    """
+
+    def __init__(self, module: nn.Module, mid: int | None = None) -> None:
+        self.module, self.mid = module, mid
+        self.key: tuple[nn.Module, int | None] = (module, mid)
+        layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        self.norms = [layer for layer in layers if layer.running_mean is not None]
+        self.widths = [layer.num_features for layer in self.norms]
+        self._block: fused.Block | None = None
+        if isinstance(module, Unit) and self.norms == layers:
+            self.widths, self._block = module.normalised(mid), module.matched(mid)
+        self.fuses = self._block is not None
+
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weights and biases of all normalisation layers, one behind the other; None without."""
+        gamma, beta = (
+            [getattr(layer, name)[:width] for layer, width in zip(self.norms, self.widths, strict=True) if layer.affine]
+            for name in ("weight", "bias")
+        )
+        return (torch.cat(gamma), torch.cat(beta)) if gamma else (None, None)
+
+    def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
+        """For batches of one shape the outputs, normalised by the batch's own statistics, and these.
+
+        Several batches run as one call of the fused op.
+
+        Returns:
+            For each batch the output (None where only the statistics are of use) and the statistics.
+
+        Raises:
+            InputError: a layer gets a single value a channel, which has no variance, or runs twice.
+        """
+        block, groups, x = self._block, len(inputs), inputs[0]
+        if block is None or not fused.takes(x) or not fused.has_kernel(block.plan.op, x):
+            return [self._calibrate_modules(x) for x in inputs]
+        # The least that a layer of the unit can get.
+        if x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) < 2:
+            raise _single_value(x)
+        out, mean, var, counts = fused.calibrate(block, _stacked(inputs), groups)
+        changes = [at for at in range(1, len(counts)) if counts[at] != counts[at - 1]]
+        sizes = [sum(self.widths[a:b]) for a, b in itertools.pairwise((0, *changes, len(counts)))]
+        vectors = zip(mean.view(groups, -1), var.view(groups, -1), strict=True)
+        moments = [
+            Moments(list(m.split(sizes)), list(v.split(sizes)), [counts[a] for a in (0, *changes)]) for m, v in vectors
+        ]
+        return list(zip(out.split(len(x)), moments, strict=True))
+
+    def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
+        """For batches of one shape the outputs, each normalised by given statistics."""
+        block, groups, x = self._block, len(inputs), inputs[0]
+        if block is None or not fused.takes(x) or not fused.has_kernel(f"{block.plan.op}_infer", x):
+            return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
+        scales, shifts = ([getattr(each, name) for each in statistics] for name in ("scale", "shift"))
+        scale, shift = (values[0] if groups == 1 else torch.stack(values) for values in (scales, shifts))
+        return list(fused.infer(block, _stacked(inputs), scale, shift, groups).split(len(x)))
+
+    def _run(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.module(x) if self.mid is None else self.module(x, self.mid))
+
+    def _calibrate_modules(self, x: Tensor) -> tuple[Tensor, Moments]:
+        counts: dict[nn.Module, int] = {}
+
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if layer in counts:
+                raise InputError("net: a normalisation layer runs twice in one forward; its statistics are not defined")
+            values = inputs[0].numel() // inputs[0].shape[1]
+            if values < 2:
+                raise _single_value(inputs[0])
+            counts[layer] = values
+
+        fresh = [
+            {
+                name: torch.ones_like(buffer) if name == "running_var" else torch.zeros_like(buffer)
+                for name, buffer in layer.named_buffers(recurse=False)
+            }
+            for layer in self.norms
+        ]
+        hooks = [layer.register_forward_pre_hook(count) for layer in self.norms]
+        momenta = [layer.momentum for layer in self.norms]
+        try:
+            with _lent(self.norms, fresh):
+                for layer in self.norms:
+                    # With momentum 1 the running statistics are the batch's.
+                    layer.training, layer.momentum = True, 1.0
+                out = self._run(x)
+        finally:
+            for layer, momentum in zip(self.norms, momenta, strict=True):
+                layer.training, layer.momentum = False, momentum
+            for hook in hooks:
+                hook.remove()
+        taken = [counts.get(layer, 2) for layer in self.norms]  # a layer that does not run keeps mean 0, variance 1
+        means = [buffers["running_mean"][:width] for buffers, width in zip(fresh, self.widths, strict=True)]
+        unbiased = [buffers["running_var"][:width] for buffers, width in zip(fresh, self.widths, strict=True)]
+        return out, Moments(means, [var * ((n - 1) / n) for var, n in zip(unbiased, taken, strict=True)], taken)
+
+    def _infer_modules(self, x: Tensor, statistics: Statistics) -> Tensor:
+        buffers = []
+        means, variances = statistics.mean.split(self.widths), statistics.var.split(self.widths)
+        for layer, mean, var in zip(self.norms, means, variances, strict=True):
+            dtype = cast(Tensor, layer.running_mean).dtype
+            buffers.append({"running_mean": mean.to(dtype), "running_var": var.to(dtype)})
+        with _lent(self.norms, buffers):
+            return self._run(x)
+
+
+class HeadPart(Part):
+    """The end of a network: a last convolution, then a classifier.
+
+    A pointwise convolution with normalisation and ReLU runs with the ops ``pw_bnstats`` and ``bn_normalize``. Nothing
+    behind its normalisation takes statistics, so calibration stops there.
+
+    Args:
+        last: the convolution with its normalisation.
+        classifier: the rest, from its output to logits.
+    """
+
+    def __init__(self, last: nn.Module, classifier: nn.Module) -> None:
+        super().__init__(nn.Sequential(last, classifier))
+        self.key, self.classifier = (last, None), classifier
+        found = fused.match_pointwise(last) if isinstance(last, nn.Sequential) else None
+        # None unless the last convolution does what the ops do.
+        self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
+        self.fuses = self._convolution is not None
+
+    def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
+        """For each batch its statistics, and no output."""
+        convolution, x = self._convolution, inputs[0]
+        if convolution is None or not fused.takes(x) or not fused.has_kernel("pw_bnstats", x):
+            return [self._calibrate_modules(x) for x in inputs]
+        values = x.numel() // x.shape[1]
+        if values < 2:
+            raise _single_value(x)
+        made = [ops.pw_bnstats(x, convolution.weight) for x in inputs]
+        return [(None, Moments([mean], [m2 / values], [values])) for _, mean, m2 in made]
+
+    def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
+        """Logits for each batch, normalised by given statistics."""
+        convolution, x = self._convolution, inputs[0]
+        if convolution is None or not fused.takes(x) or not fused.has_kernel("bn_normalize", x):
+            return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
+        logits = []
+        for x, given in zip(inputs, statistics, strict=True):
+            z = functional.conv2d(x, convolution.weight)
+            scale, shift = cast(Tensor, given.scale), cast(Tensor, given.shift)
+            logits.append(self.classifier(ops.bn_normalize(z, scale[None], shift[None], relu=True)))
+        return logits
+
+
+def _stacked(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
+
+
+@contextmanager
+def _lent(layers: Sequence[nn.Module], buffers: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+    """Layers with other buffers for some time."""
+    own = [{name: getattr(layer, name) for name in lent} for layer, lent in zip(layers, buffers, strict=True)]
+    try:
+        _give(layers, buffers)
+        yield
+    finally:
+        _give(layers, own)
+
+
+def _give(layers: Sequence[nn.Module], buffers: Sequence[dict[str, Tensor]]) -> None:
+    for layer, given in zip(layers, buffers, strict=True):
+        for name, value in given.items():
+            setattr(layer, name, value)
+
+
+def _single_value(x: Tensor) -> InputError:
+    return InputError(
+        f"calibration: a normalisation layer gets a batch of shape {list(x.shape)}, one value a channel, which has no "
+        "variance; give more images"
+    )

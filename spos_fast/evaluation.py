@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from spos_fast.data import Images
 from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
-from spos_fast.nn.parts import Folded, HeadPart, Moments, Part
+from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
 from spos_fast.prefix_tree import Node, Parts, Route, build, walk
 from spos_fast.running import RunningStatistics
 from spos_fast.supernet import Supernet
@@ -157,23 +159,22 @@ class Evaluator:
         root = build(parts, routes, shared)
         paths = root.paths()
         nodes = list(dict.fromkeys(node for path in paths for node in path))
-        statistics = RunningStatistics([node.part for node in nodes], self.mode, self.calibration.pixels.device)
-        if any(statistics.sizes):
-            for images in self._calibration_batches():
-                moments: dict[Node, Moments] = {}
-                walk(root, images, partial(_calibrate, moments), width)
-                statistics.merge([moments[node] for node in nodes])
-        folded = dict(zip(nodes, statistics.fold(), strict=True))
+        running = RunningStatistics([node.part for node in nodes], self.mode)
+        for images in self._calibration_batches():
+            moments: dict[Node, Moments] = {}
+            walk(root, images, partial(_calibrate, moments), width)
+            running.merge([moments[node] for node in nodes])
+        statistics = dict(zip(nodes, running.statistics(), strict=True))
         tally = _Tally(len(routes), self.validation.labels.device)
         seen, total = 0, len(self.validation)
         for images, labels in self._validation_batches():
-            walk(root, images, partial(_validate, folded, tally, labels), width)
+            walk(root, images, partial(_validate, statistics, tally, labels), width)
             seen += len(labels)
             if self.early_stopping is not None and seen < total:
                 looks = -(-total // self.batch_size) - 1
                 if not root.prune(self.early_stopping.alive(tally.correct, seen, total, looks).tolist()):
                     break
-        sound = dict(zip(nodes, statistics.finite().tolist(), strict=True))
+        sound = dict(zip(nodes, running.finite().tolist(), strict=True))
         return tally.scores(total, [all(sound[node] for node in path) for path in paths])
 
     def _plan(self, parts: Parts, routes: int) -> tuple[int | None, int]:
@@ -239,11 +240,36 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Sc
 
 
 def _calibrate(moments: dict[Node, Moments], nodes: Sequence[Node], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    outputs = []
-    for node, x in zip(nodes, inputs, strict=True):
-        out, moments[node] = node.part.calibrate(x)
-        outputs.append(out)
+    """Runs nodes on batch statistics, which go into ``moments``."""
+    outputs: list[Tensor | None] = []
+    for part, first, last in _runs(nodes):
+        made = part.calibrate(inputs[first:last])
+        moments.update(zip(nodes[first:last], (batch for _, batch in made), strict=True))
+        outputs += [out for out, _ in made]
     return outputs
+
+
+def _validate(
+    statistics: dict[Node, Statistics], tally: _Tally, labels: Tensor, nodes: Sequence[Node], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Runs nodes on given statistics; what leaves make goes into ``tally``."""
+    outputs: list[Tensor | None] = []
+    for part, first, last in _runs(nodes):
+        outputs += part.infer(inputs[first:last], [statistics[node] for node in nodes[first:last]])
+    for place, node in enumerate(nodes):
+        if node.leaf is not None:
+            tally.add(node.leaf, cast(Tensor, outputs[place]), labels)
+            outputs[place] = None
+    return outputs
+
+
+def _runs(nodes: Sequence[Node]) -> Iterator[tuple[Part, int, int]]:
+    """Neighbours with the same part: that, the first, and the one behind the last."""
+    first = 0
+    for part, group in itertools.groupby(nodes, key=lambda node: node.part):
+        last = first + sum(1 for _ in group)
+        yield part, first, last
+        first = last
 
 
 class _Tally:
@@ -271,18 +297,6 @@ class _Tally:
             else Score(0.0, math.nan, images, failed=True)
             for right, sum_, ok, clean, images in zip(correct, loss, finite, sound, self._images, strict=True)
         ]
-
-
-def _validate(
-    folded: dict[Node, Folded], tally: _Tally, labels: Tensor, nodes: Sequence[Node], inputs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    outputs: list[Tensor | None] = []
-    for node, x in zip(nodes, inputs, strict=True):
-        out = node.part.infer(x, folded[node])
-        if node.leaf is not None:
-            tally.add(node.leaf, out, labels)
-        outputs.append(out if node.leaf is None else None)
-    return outputs
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -93,10 +93,10 @@ class Probe:
         return Needs(made[:-1], working)
 
     def _measure(self, part: Part, x: Tensor) -> Tensor:
-        out, moments = part.calibrate(x)
+        ((out, moments),) = part.calibrate([x])
         made = 0 if out is None else out.numel() * out.element_size()
-        pairs = zip(part.widths, moments.counts, strict=True)
-        convolved = sum(width * count for width, count in pairs) * x.element_size()
+        values = sum(len(mean) * count for mean, count in zip(moments.mean, moments.counts, strict=True))
+        convolved = values * x.element_size()
         total = x.numel() * x.element_size() + convolved + made
         self._known[part.key] = -(-made // len(x)), -(-total // len(x))
         return x if out is None else out

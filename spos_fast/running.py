@@ -1,89 +1,84 @@
-"""Running statistics of many normalisation layers at once, in flat vectors: one update a batch for all of them.
-
-Only sums, products, quotients and roots of vectors, each rounded by itself: a channel's bits do not depend on where in
-the vector it stands, which a fused multiply-add in a kernel's body but not in its tail would break.
-"""
+"""Running statistics of many parts at once: one launch a batch merges all of them, another one folds them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spos_fast.calibration import _EMA_MOMENTUM, Mode
-from spos_fast.nn.parts import Folded, Moments, Part
+from spos_fast import ops
+from spos_fast.calibration import Mode
+from spos_fast.nn.parts import Moments, Part, Statistics
 
 
 class RunningStatistics:
     """Statistics of parts, merged batch by batch as :func:`spos_fast.recalibrate` does, in float64.
 
+    Memory does not grow with the number of batches.
+
     Args:
         parts: whose statistics they are; a part may occur many times.
         mode: how batches are averaged.
-        device: where they lie.
     """
 
-    def __init__(self, parts: Sequence[Part], mode: Mode, device: torch.device) -> None:
-        self.parts, self.mode, self.device = parts, mode, device
-        self.sizes = [sum(part.widths) for part in parts]
-        total = sum(self.sizes)
-        self.mean = torch.zeros(total, dtype=torch.float64, device=device)
-        # The variance; in mode pooled the sum of squared distances from the mean.
-        self.spread = torch.full_like(self.mean, 0.0 if mode == "pooled" else 1.0)
-        self.batches, self.count = 0, torch.zeros_like(self.mean)
-        self._layers = [layer for part in parts for layer in part.norms]
-        self._layer_widths = [width for part in parts for width in part.widths]
-        self._widths = torch.tensor(self._layer_widths, dtype=torch.int64, device=device)
-        self._counts: dict[tuple[int, ...], Tensor] = {}  # batches have one or two sizes
+    def __init__(self, parts: Sequence[Part], mode: Mode) -> None:
+        self._parts, self._mode = parts, mode
+        self._batches = 0
+        # One entry a vector of the parts' moments; in mode pooled the second moments in place of variances.
+        self._mean: list[Tensor] = []
+        self._var: list[Tensor] = []
+        self._count: list[int] = []
+        self._vectors: list[int] = []  # of each part
 
     def merge(self, moments: Sequence[Moments]) -> None:
         """Add the moments of one batch, one of each part."""
-        mean = torch.cat([each.mean for each in moments]).double()
-        var = torch.cat([each.var for each in moments]).double()
-        counts = tuple(count for each in moments for count in each.counts)
-        if counts not in self._counts:
-            self._counts[counts] = self._per_channel(counts)
-        count = self._counts[counts]
-        self.batches += 1
-        if self.mode == "pooled":
-            total = self.count + count
-            delta = mean - self.mean
-            self.spread += var * count + delta.square() * (self.count * count / total)
-            self.mean += delta * (count / total)
-            self.count = total
-        else:
-            share = _EMA_MOMENTUM if self.mode == "ema" else 1 / self.batches
-            self.mean += (mean - self.mean) * share
-            self.spread += (var * (count / (count - 1)) - self.spread) * share
+        if not any(each.mean for each in moments):  # there is no normalisation
+            self._vectors = [0] * len(moments)
+            return
+        mean, var, count = (list(itertools.chain.from_iterable(lists)) for lists in zip(*moments, strict=True))
+        done = self._count or [0] * len(count)
+        self._mean, self._var = ops.bn_merge(
+            self._mean, self._var, done, mean, var, count, mode=self._mode, batches=self._batches, biased=True
+        )
+        self._count = [before + new for before, new in zip(done, count, strict=True)]
+        self._vectors = [len(each.mean) for each in moments]
+        self._batches += 1
 
-    def fold(self) -> list[Folded]:
+    def statistics(self) -> list[Statistics]:
         """What the parts normalise by, one of each part."""
-        var = self.spread / (self.count - 1) if self.mode == "pooled" else self.spread
-        scale = 1 / (var + self._per_channel([layer.eps for layer in self._layers])).sqrt()
-        shift = -self.mean * scale
-        if any(layer.affine for layer in self._layers):
-            scale = scale * self._affine("weight", 1.0)
-            shift = self._affine("bias", 0.0) - self.mean * scale
-        flat = [value.float().split(self.sizes) for value in (self.mean, var, scale, shift)]
-        return [Folded(*values) for values in zip(*flat, strict=True)]
+        variances = self._var
+        if self._mode == "pooled":
+            variances = [m2 / max(count - 1, 1) for m2, count in zip(self._var, self._count, strict=True)]
+        spans = list(itertools.pairwise(itertools.accumulate(self._vectors, initial=0)))
+        means = [_joined(self._mean[a:b]) for a, b in spans]
+        variances = [_joined(variances[a:b]) for a, b in spans]
+        scales: dict[int, Tensor] = {}
+        shifts: dict[int, Tensor] = {}
+        fusing = [at for at, part in enumerate(self._parts) if part.fuses]
+        for eps in {self._parts[at].norms[0].eps for at in fusing}:
+            places = [at for at in fusing if self._parts[at].norms[0].eps == eps]
+            gamma, beta = zip(*(self._parts[at].affine() for at in places), strict=True)
+            folded = ops.bn_finalize([means[at] for at in places], [variances[at] for at in places], gamma, beta, eps)
+            for found, values in zip((scales, shifts), folded, strict=True):
+                found.update(zip(places, values, strict=True))
+        return [
+            Statistics(mean, var, scales.get(at), shifts.get(at))
+            for at, (mean, var) in enumerate(zip(means, variances, strict=True))
+        ]
 
     def finite(self) -> Tensor:
         """For every part whether its statistics are numbers: bool ``[parts]``."""
-        bad = ~(self.mean.isfinite() & self.spread.isfinite())
-        ends = torch.tensor(self.sizes).cumsum(0).to(self.device)
-        before = functional.pad(bad.cumsum(0), (1, 0))
-        return before[ends] == before[ends - torch.tensor(self.sizes, device=self.device)]
+        sizes = [sum(part.widths) for part in self._parts]
+        if not self._mean:
+            return torch.ones(len(self._parts), dtype=torch.bool)
+        bad = ~(torch.cat(self._mean).isfinite() & torch.cat(self._var).isfinite())
+        # Differences of running sums: the vectors of a part stand one behind the other.
+        ends = torch.tensor(list(itertools.accumulate(sizes, initial=0)), device=bad.device)
+        return functional.pad(bad.cumsum(0), (1, 0))[ends].diff() == 0
 
-    def _per_channel(self, values: Sequence[float]) -> Tensor:
-        """One value a layer, float64 for each of the layer's channels."""
-        each = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return each.repeat_interleave(self._widths, output_size=len(self.mean))
 
-    def _affine(self, name: str, default: float) -> Tensor:
-        """Weights or biases of the layers' channels that are used."""
-        pairs = zip(self._layers, self._layer_widths, strict=True)
-        given = ((getattr(layer, name), width) for layer, width in pairs)
-        parts = [self.mean.new_full((width,), default) if own is None else own[:width] for own, width in given]
-        return torch.cat([part.detach().double() for part in parts])
+def _joined(vectors: Sequence[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors)) if vectors else torch.empty(0)

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from spos_fast import Evaluator, InputError, data, evaluate, recalibrate
+from spos_fast.data import Normalization
+from spos_fast.nn import fused
+from spos_fast.spaces import ShuffleNetV2
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_a_score_is_the_accuracy_of_the_recalibrated_extracted_network(tiny_spac
     assert score.images == len(labels)
     assert score.accuracy == (logits.argmax(1) == labels).double().mean().item()
     assert score.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert net.training
+    assert net.training and not score.failed
     assert evaluate(plain, validation.batches(50)).accuracy == score.accuracy
 
 
@@ -58,26 +61,91 @@ def test_calibration_batches_are_of_equal_size(evaluator):
     assert [len(batch) for batch in evaluator._calibration_batches()] == [50, 50, 50, 50]
 
 
-def test_weights_and_other_paths_are_untouched(evaluator, tiny_space):
-    """Scoring writes to the statistics of its path only."""
-    net = evaluator.net
+def test_scoring_leaves_the_supernet_alone(evaluator, tiny_space):
+    """Weights, running statistics and counters are as before, training flags too; no gradients appear."""
+    net = evaluator.net.train()
+    net.conv_last.eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    evaluator([tiny_space.everywhere(1)])
-    for name, value in net.state_dict().items():
-        off_path = name.startswith("features.") and name.split(".")[2] != "1"
-        if off_path or ("running" not in name and "tracked" not in name):
-            assert torch.equal(before[name], value), name
+    flags = [module.training for module in net.modules()]
+    evaluator([tiny_space.everywhere(1), tiny_space.everywhere(2)])
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert [module.training for module in net.modules()] == flags
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_nan_weights_score_zero_and_do_not_spread(evaluator, tiny_space):
-    """A broken candidate fails; its siblings keep their scores."""
+@pytest.mark.parametrize("reference", [False, True], ids=["kernels", "modules"])
+def test_failure_and_interruption_leave_the_supernet_alone(evaluator, tiny_space, monkeypatch, reference):
+    """Ctrl-C in the middle of a block, with fused ops and without: buffers, momenta, flags and hooks are restored."""
+    if reference:
+        monkeypatch.setattr(fused, "has_kernel", lambda op, x: False)
+    net = evaluator.net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    last = net.features[3][1].branch_main[6]
+    hook = last.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator([tiny_space.everywhere(1)])
+    hook.remove()
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    for module in net.modules():
+        assert module.training and not module._forward_pre_hooks
+        assert getattr(module, "momentum", 0.1) == 0.1
+    assert evaluator([tiny_space.everywhere(1)])[0].images == len(evaluator.validation)
+
+
+def test_nan_weights_fail_and_do_not_spread(evaluator, tiny_space):
+    """A broken candidate fails and says so, with all that share its block; the others keep their scores."""
     good = tiny_space.everywhere(1)
     (expected,) = evaluator([good])
+    assert not expected.failed
     with torch.no_grad():
         evaluator.net.features[1][0].branch_main[0].weight.fill_(float("nan"))
-    broken, same = evaluator([tiny_space.everywhere(0), good])
-    assert broken.accuracy == 0 and np.isnan(broken.loss)
-    assert same == expected
+    genes = ([1, 0, 1, 1], [1, 1, 1, 1], [1, 0, 2, 3], [0, 0, 0, 0])
+    broken = evaluator([tiny_space.architecture(each) for each in genes])
+    assert [score.failed for score in broken] == [True, False, True, True]
+    assert broken[1] == expected
+    for score in (broken[0], broken[2], broken[3]):
+        assert score.accuracy == 0 and np.isnan(score.loss) and score.images == expected.images
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_no_numbers_fail_all(tiny_space, digits, value):
+    """A normalisation that makes NaN or infinity of every pixel: all candidates fail, none silently."""
+    net, validation = tiny_space.supernet(), digits.validation()
+    bad = dataclasses.replace(validation, normalization=Normalization((value,), (1.0,)))
+    archs = [tiny_space.everywhere(choice) for choice in range(4)]
+    assert all(score.failed for score in Evaluator(net, bad, validation)(archs))
+    assert all(score.failed for score in Evaluator(net, validation, bad)(archs))
+
+
+def test_sets_smaller_than_a_batch_and_single_values(tiny_space, digits):
+    """A small set is one batch. One value a channel has no variance: refused before any statistic is written."""
+    images = digits.validation()
+    one = dataclasses.replace(images, pixels=images.pixels[:1], labels=images.labels[:1])
+    few = dataclasses.replace(images, pixels=images.pixels[:3], labels=images.labels[:3])
+    net, arch = tiny_space.supernet(), tiny_space.everywhere(0)
+    assert Evaluator(net, few, few)([arch])[0].images == 3
+    assert not Evaluator(net, one, few)([arch])[0].failed  # 4 x 4 maps at the end
+    space = ShuffleNetV2(input_size=2, num_classes=10, in_channels=1, stage_channels=(32,), stage_repeats=(2,),
+                         stage_strides=(2,))  # fmt: skip
+    tiny = [dataclasses.replace(part, pixels=part.pixels[:, :, :2, :2]) for part in (one, few)]
+    net = space.supernet()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(InputError, match="one value a channel"):
+        Evaluator(net, *tiny)([space.everywhere(0)])
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert Evaluator(net, tiny[1], tiny[1])([space.everywhere(0)])[0].images == 3
+
+
+def test_labels_without_a_logit_are_refused(tiny_space, digits):
+    """Before anything is scored."""
+    images = digits.validation()
+    wrong = dataclasses.replace(images, labels=images.labels + 5)
+    with pytest.raises(InputError, match="class 14"):
+        Evaluator(tiny_space.supernet(), images, wrong)([tiny_space.everywhere(0)])
 
 
 def test_empty_sets_and_silly_batches_are_refused(tiny_space, digits):
@@ -90,6 +158,7 @@ def test_empty_sets_and_silly_batches_are_refused(tiny_space, digits):
         ((net, images, images), {"calibration_batch": 1}, "calibration_batch"),
         ((net, images, images), {"batch_size": 0}, "batch_size"),
         ((net, images, images), {"mode": "mean"}, "mode"),
+        ((net, images, images), {"memory": 0}, "memory"),
         ((tiny_space.build(tiny_space.everywhere(0)), images, images), {}, "Supernet"),
     ):
         with pytest.raises(InputError, match=says):

@@ -183,11 +183,62 @@ def path_state(net: Supernet, genes: Sequence[int]) -> State:
 
 
 @dataclass
-class _ScoringInputs:
+class ScoringInputs:
+    """What candidates are scored with.
+
+    Attributes:
+        net: the supernet.
+        archs: the candidates.
+        calibration, validation: random images.
+    """
+
     net: Supernet
     archs: list[Architecture]
     calibration: Images
     validation: Images
+
+
+def scoring_inputs(
+    space: ShuffleNetV2, archs: list[Architecture], sizes: ScoringSizes, where: torch.device
+) -> ScoringInputs:
+    """The same for the same arguments."""
+    torch.manual_seed(0)
+    net, size = space.supernet().to(where), space.input_size
+
+    def images(count: int) -> Images:
+        pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+        return Images(pixels.to(where), torch.randint(0, 1000, (count,)).to(where), NORMALIZATION)
+
+    return ScoringInputs(net, archs, images(sizes.batches * sizes.batch), images(sizes.validation))
+
+
+def published_scoring(
+    given: ScoringInputs, sizes: ScoringSizes, layout: torch.memory_format, split: shufflenet.Split, dtype: str
+) -> Callable[[], list[float]]:
+    """The published procedure in eager PyTorch, ready to run; images are normalised and laid out beforehand."""
+    state = layered(given.net.state_dict(keep_vars=True), layout, False)
+
+    def laid_out(pixels: Tensor) -> Tensor:
+        return NORMALIZATION(pixels).contiguous(memory_format=layout)
+
+    calibration = [laid_out(part) for part in given.calibration.pixels.split(sizes.batch)]
+    pairs = zip(given.validation.pixels.split(200), given.validation.labels.split(200), strict=True)
+    validation = [(laid_out(pixels), labels) for pixels, labels in pairs]
+    paths = [shufflenet.network_layers(state, prefixes(arch.genes), STRIDES) for arch in given.archs]
+
+    def forward(images: Tensor, path: shufflenet.Path, training: bool) -> Tensor:
+        return shufflenet.network(images, path, training, split)
+
+    def run() -> list[float]:
+        with autocast(given.calibration.pixels.device, dtype):
+            return published_scores(forward, state, paths, calibration, validation)
+
+    return run
+
+
+def autocast(where: torch.device, dtype: str) -> torch.autocast:
+    """Autocast on a device for bfloat16, none for float32."""
+    return torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def generation(space: ShuffleNetV2, count: int) -> list[Architecture]:
@@ -206,53 +257,22 @@ def _scoring(device: str, size: int, sizes: ScoringSizes, dtype: str) -> Case:
     space = _space(size)
     archs = generation(space, sizes.candidates)
 
-    def inputs(where: torch.device) -> _ScoringInputs:
-        torch.manual_seed(0)
-        net = space.supernet().to(where)
+    def inputs(where: torch.device) -> ScoringInputs:
+        return scoring_inputs(space, archs, sizes, where)
 
-        def images(count: int) -> Images:
-            pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-            return Images(pixels.to(where), torch.randint(0, 1000, (count,)).to(where), NORMALIZATION)
-
-        return _ScoringInputs(net, archs, images(sizes.batches * sizes.batch), images(sizes.validation))
-
-    def autocast(where: torch.device) -> torch.autocast:
-        return torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    def ours(given: _ScoringInputs) -> Callable[[], Any]:
+    def ours(given: ScoringInputs) -> Callable[[], Any]:
         evaluator = Evaluator(
             given.net, given.calibration, given.validation, calibration_batch=sizes.batch, batch_size=200
         )
 
         def run() -> list[float]:
-            with autocast(given.calibration.pixels.device):
+            with autocast(given.calibration.pixels.device, dtype):
                 return [score.accuracy for score in evaluator(given.archs)]
 
         return run
 
     def peer(layout: torch.memory_format, split: shufflenet.Split) -> Bind:
-        def bind(given: _ScoringInputs) -> Callable[[], Any]:
-            state = layered(given.net.state_dict(keep_vars=True), layout, False)
-
-            def laid_out(pixels: Tensor) -> Tensor:
-                return NORMALIZATION(pixels).contiguous(memory_format=layout)
-
-            calibration = [laid_out(part) for part in given.calibration.pixels.split(sizes.batch)]
-            pairs = zip(given.validation.pixels.split(200), given.validation.labels.split(200), strict=True)
-            validation = [(laid_out(pixels), labels) for pixels, labels in pairs]
-
-            paths = [shufflenet.network_layers(state, prefixes(arch.genes), STRIDES) for arch in given.archs]
-
-            def forward(images: Tensor, path: shufflenet.Path, training: bool) -> Tensor:
-                return shufflenet.network(images, path, training, split)
-
-            def run() -> list[float]:
-                with autocast(given.calibration.pixels.device):
-                    return published_scores(forward, state, paths, calibration, validation)
-
-            return run
-
-        return bind
+        return lambda given: published_scoring(given, sizes, layout, split, dtype)
 
     itemsize = getattr(torch, dtype).itemsize
     bytes_moved = sum(
@@ -282,5 +302,5 @@ def _scoring(device: str, size: int, sizes: ScoringSizes, dtype: str) -> Case:
         graphs=False,  # it waits for its results
         slow=True,
         note="accuracies differ by design: ours recalibrates with dropout off and averages all batches alike; "
-        "the peer's images are normalised beforehand. The floor counts every candidate by itself",
+        "the peer's images are normalised beforehand. The floor counts every candidate by itself; ours shares prefixes",
     )

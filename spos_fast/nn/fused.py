@@ -169,26 +169,34 @@ def widths(plan: Plan, norms: Sequence[_BatchNorm], mid: int | None) -> list[int
     return [mid if mid is not None and inner else norm.num_features for norm, inner in pairs]
 
 
-def calibrate(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def calibrate(block: Block, x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """The block on batch statistics, which are handed out instead of moving the running ones.
 
+    Args:
+        block: its layers.
+        x: [groups * N, C, H, W], which the op takes.
+        groups: runs of N images, each with statistics of its own.
+
     Returns:
-        The output; mean and variance (divided by the count) in front of the normalisation layers, both [normalised],
-        one layer behind the other; for every layer how many values a channel has.
+        The output; mean and variance (divided by the count) in front of the normalisation layers, both [groups,
+        normalised], or [normalised] for one group, one layer behind the other; for every layer how many values a
+        channel has.
     """
     widths, norms = block.widths(), block.norms
     gamma = _joined([norm.weight for norm in norms], widths) if norms[0].affine else None
     beta = _joined([norm.bias for norm in norms], widths) if norms[0].affine else None
-    made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, eps=norms[0].eps, **block.keywords())
-    counts = [made.out.shape[0] * made.out.shape[2] * made.out.shape[3]] * len(norms)
+    keywords = block.keywords() | dict(eps=norms[0].eps, groups=groups)
+    made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, **keywords)
+    counts = [made.out.shape[0] // groups * made.out.shape[2] * made.out.shape[3]] * len(norms)
     for position in range(block.plan.depthwise.index(True)):  # layers in front of the stride
-        counts[position] = x.shape[0] * x.shape[2] * x.shape[3]
+        counts[position] = x.shape[0] // groups * x.shape[2] * x.shape[3]
     return made.out, made.mean, made.var, counts
 
 
-def infer(block: Block, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The block with a scale and a shift, both [normalised], in place of its normalisation layers."""
-    return cast(Tensor, getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, **block.keywords()))
+def infer(block: Block, x: Tensor, scale: Tensor, shift: Tensor, groups: int = 1) -> Tensor:
+    """The block with a scale and a shift in place of its normalisation layers; shapes as :func:`calibrate` gives."""
+    made = getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, groups=groups, **block.keywords())
+    return cast(Tensor, made)
 
 
 def _folded(block: Block) -> tuple[Tensor, Tensor]:

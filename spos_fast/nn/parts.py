@@ -6,6 +6,7 @@ with statistics of its own, which the module's one set of running statistics can
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
@@ -22,32 +23,32 @@ from spos_fast.nn.units import Unit
 
 
 class Moments(NamedTuple):
-    """Statistics of one batch in front of a part's normalisation layers, one layer behind the other.
+    """Statistics of one batch in front of a part's normalisation layers, in their order.
 
     Attributes:
-        mean: [normalised], float32 (float64 for float64).
+        mean: vectors, float32 (float64 for float64); neighbouring layers with equal counts stand in one.
         var: likewise, divided by the count.
-        counts: values a channel, one a layer.
+        counts: values a channel, one a vector.
     """
 
-    mean: Tensor
-    var: Tensor
+    mean: list[Tensor]
+    var: list[Tensor]
     counts: list[int]
 
 
-class Folded(NamedTuple):
-    """Statistics to normalise with, as a part's modules and as its fused op take them; all [normalised], float32
-    (float64 for float64).
+class Statistics(NamedTuple):
+    """What a part's normalisation layers normalise by, one layer behind the other; all [normalised].
 
     Attributes:
-        mean, var: of the layers' inputs.
-        scale, shift: ``weight / sqrt(var + eps)`` and ``bias - mean * scale``.
+        mean, var: of the layers' inputs, float64.
+        scale: ``weight / sqrt(var + eps)``, float32; None for parts that do not fuse.
+        shift: likewise ``bias - mean * scale``.
     """
 
     mean: Tensor
     var: Tensor
-    scale: Tensor
-    shift: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
 
 
 class Part:
@@ -66,6 +67,7 @@ class Part:
         key: equal for parts that run the same.
         norms: normalisation layers with running statistics.
         widths: how many of their channels are used.
+        fuses: whether :meth:`infer` normalises by scale and shift, if the images allow it.
     """
 
     def __init__(self, module: nn.Module, mid: int | None = None) -> None:
@@ -77,31 +79,50 @@ class Part:
         self._block: fused.Block | None = None
         if isinstance(module, Unit) and self.norms == layers:
             self.widths, self._block = module.normalised(mid), module.matched(mid)
+        self.fuses = self._block is not None
 
-    def calibrate(self, x: Tensor) -> tuple[Tensor | None, Moments]:
-        """The output for a batch, normalised by the batch's own statistics, and these.
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weights and biases of all normalisation layers, one behind the other; None without."""
+        gamma, beta = (
+            [getattr(layer, name)[:width] for layer, width in zip(self.norms, self.widths, strict=True) if layer.affine]
+            for name in ("weight", "bias")
+        )
+        return (torch.cat(gamma), torch.cat(beta)) if gamma else (None, None)
+
+    def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
+        """For batches of one shape the outputs, normalised by the batch's own statistics, and these.
+
+        Several batches run as one call of the fused op.
 
         Returns:
-            The output (None where only the statistics are of use), and the statistics.
+            For each batch the output (None where only the statistics are of use) and the statistics.
 
         Raises:
             InputError: a layer gets a single value a channel, which has no variance, or runs twice.
         """
-        block = self._block
+        block, groups, x = self._block, len(inputs), inputs[0]
         if block is None or not fused.takes(x) or not fused.has_kernel(block.plan.op, x):
-            return self._calibrate_modules(x)
+            return [self._calibrate_modules(x) for x in inputs]
         # The least that a layer of the unit can get.
         if x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) < 2:
             raise _single_value(x)
-        out, mean, var, counts = fused.calibrate(block, x)
-        return out, Moments(mean, var, counts)
+        out, mean, var, counts = fused.calibrate(block, _stacked(inputs), groups)
+        changes = [at for at in range(1, len(counts)) if counts[at] != counts[at - 1]]
+        sizes = [sum(self.widths[a:b]) for a, b in itertools.pairwise((0, *changes, len(counts)))]
+        vectors = zip(mean.view(groups, -1), var.view(groups, -1), strict=True)
+        moments = [
+            Moments(list(m.split(sizes)), list(v.split(sizes)), [counts[a] for a in (0, *changes)]) for m, v in vectors
+        ]
+        return list(zip(out.split(len(x)), moments, strict=True))
 
-    def infer(self, x: Tensor, folded: Folded) -> Tensor:
-        """The output for a batch, normalised by given statistics."""
-        block = self._block
+    def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
+        """For batches of one shape the outputs, each normalised by given statistics."""
+        block, groups, x = self._block, len(inputs), inputs[0]
         if block is None or not fused.takes(x) or not fused.has_kernel(f"{block.plan.op}_infer", x):
-            return self._infer_modules(x, folded)
-        return fused.infer(block, x, folded.scale, folded.shift)
+            return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
+        scales, shifts = ([getattr(each, name) for each in statistics] for name in ("scale", "shift"))
+        scale, shift = (values[0] if groups == 1 else torch.stack(values) for values in (scales, shifts))
+        return list(fused.infer(block, _stacked(inputs), scale, shift, groups).split(len(x)))
 
     def _run(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.module(x) if self.mid is None else self.module(x, self.mid))
@@ -137,24 +158,26 @@ class Part:
                 layer.training, layer.momentum = False, momentum
             for hook in hooks:
                 hook.remove()
-        means, variances = [x.new_zeros(0)], [x.new_zeros(0)]
         taken = [counts.get(layer, 2) for layer in self.norms]  # a layer that does not run keeps mean 0, variance 1
-        for buffers, width, values in zip(fresh, self.widths, taken, strict=True):
-            means.append(buffers["running_mean"][:width])
-            variances.append(buffers["running_var"][:width] * ((values - 1) / values))  # torch's is the unbiased one
-        return out, Moments(torch.cat(means), torch.cat(variances), taken)
+        means = [buffers["running_mean"][:width] for buffers, width in zip(fresh, self.widths, strict=True)]
+        unbiased = [buffers["running_var"][:width] for buffers, width in zip(fresh, self.widths, strict=True)]
+        return out, Moments(means, [var * ((n - 1) / n) for var, n in zip(unbiased, taken, strict=True)], taken)
 
-    def _infer_modules(self, x: Tensor, folded: Folded) -> Tensor:
-        pairs = zip(folded.mean.split(self.widths), folded.var.split(self.widths), strict=True)
-        with _lent(self.norms, [{"running_mean": mean, "running_var": var} for mean, var in pairs]):
+    def _infer_modules(self, x: Tensor, statistics: Statistics) -> Tensor:
+        buffers = []
+        means, variances = statistics.mean.split(self.widths), statistics.var.split(self.widths)
+        for layer, mean, var in zip(self.norms, means, variances, strict=True):
+            dtype = cast(Tensor, layer.running_mean).dtype
+            buffers.append({"running_mean": mean.to(dtype), "running_var": var.to(dtype)})
+        with _lent(self.norms, buffers):
             return self._run(x)
 
 
 class HeadPart(Part):
     """The end of a network: a last convolution, then a classifier.
 
-    A pointwise convolution with normalisation and ReLU runs as the ops ``pw_bnstats`` and ``bn_act_cat``. As nothing
-    comes behind its normalisation that takes statistics, calibration stops there.
+    A pointwise convolution with normalisation and ReLU runs with the ops ``pw_bnstats`` and ``bn_normalize``. Nothing
+    behind its normalisation takes statistics, so calibration stops there.
 
     Args:
         last: the convolution with its normalisation.
@@ -167,25 +190,34 @@ class HeadPart(Part):
         found = fused.match_pointwise(last) if isinstance(last, nn.Sequential) else None
         # None unless the last convolution does what the ops do.
         self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
+        self.fuses = self._convolution is not None
 
-    def calibrate(self, x: Tensor) -> tuple[Tensor | None, Moments]:
-        """The statistics for a batch; no output."""
-        convolution = self._convolution
+    def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
+        """For each batch its statistics, and no output."""
+        convolution, x = self._convolution, inputs[0]
         if convolution is None or not fused.takes(x) or not fused.has_kernel("pw_bnstats", x):
-            return self._calibrate_modules(x)
-        z, mean, m2 = ops.pw_bnstats(x, convolution.weight)
-        values = z.numel() // z.shape[1]
+            return [self._calibrate_modules(x) for x in inputs]
+        values = x.numel() // x.shape[1]
         if values < 2:
-            raise _single_value(z)
-        return None, Moments(mean, m2 / values, [values])
+            raise _single_value(x)
+        made = [ops.pw_bnstats(x, convolution.weight) for x in inputs]
+        return [(None, Moments([mean], [m2 / values], [values])) for _, mean, m2 in made]
 
-    def infer(self, x: Tensor, folded: Folded) -> Tensor:
-        """Logits for a batch, normalised by given statistics."""
-        convolution = self._convolution
-        if convolution is None or not fused.takes(x) or not fused.has_kernel("bn_act_cat", x):
-            return self._infer_modules(x, folded)
-        z = functional.conv2d(x, convolution.weight)
-        return cast(Tensor, self.classifier(ops.bn_act_cat(z, folded.scale, folded.shift)))
+    def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
+        """Logits for each batch, normalised by given statistics."""
+        convolution, x = self._convolution, inputs[0]
+        if convolution is None or not fused.takes(x) or not fused.has_kernel("bn_normalize", x):
+            return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
+        logits = []
+        for x, given in zip(inputs, statistics, strict=True):
+            z = functional.conv2d(x, convolution.weight)
+            scale, shift = cast(Tensor, given.scale), cast(Tensor, given.shift)
+            logits.append(self.classifier(ops.bn_normalize(z, scale[None], shift[None], relu=True)))
+        return logits
+
+
+def _stacked(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
 
 
 @contextmanager

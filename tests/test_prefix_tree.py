@@ -1,0 +1,238 @@
+"""A generation scored as a tree gives what every candidate gives alone, within its memory; every prefix runs once."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench.memory import TensorsAlive
+from spos_fast import Architecture, Evaluator, InputError, data
+from spos_fast.calibration import recalibrate
+from spos_fast.nn import parts
+from spos_fast.spaces import ShuffleNetV2
+from spos_fast.supernet import Supernet
+
+
+@pytest.fixture(scope="module")
+def images():
+    digits = data.load("digits")
+    return digits.calibration(60, seed=0), digits.calibration(50, seed=1)
+
+
+def _space(**options):
+    return ShuffleNetV2(
+        input_size=8, num_classes=10, in_channels=1, stem_channels=8, stem_stride=1, stage_channels=(16, 32),
+        stage_repeats=(2, 2), stage_strides=(1, 2), head_channels=32, **options,
+    )  # fmt: skip
+
+
+SPACES = {"blocks": {}, "widths": {"channels": (0.5, 1.0), "blocks": (3, 1, 0, 3)}, "joint": {"channels": (0.5, 1.5)}}
+
+
+def _archs(space, count=14):
+    """Random ones, relatives that begin alike, and one twice."""
+    rng = np.random.default_rng(0)
+    archs = [space.sample(rng) for _ in range(count)]
+    for arch in archs[:4]:
+        changed = [*arch.genes[:-1], (arch.genes[-1] + 1) % len(space.choices[-1])]
+        archs.append(space.architecture(changed))
+    return [*archs, archs[0]]
+
+
+@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("mode", ["cumulative", "pooled", "ema"])
+def test_scores_equal_those_of_every_candidate_alone(images, kind, mode):
+    """Bit for bit, in any order, with any memory, stacked or not; calibration in batches of two sizes."""
+    torch.manual_seed(0)
+    space = _space(**SPACES[kind])
+    net, archs = space.supernet(), _archs(space)
+    options = dict(mode=mode, calibration_batch=25, batch_size=32)
+    alone = Evaluator(net, *images, **options)
+    expected = [alone([arch])[0] for arch in archs]
+    assert len({score.loss for score in expected}) > 5
+    assert alone(archs) == expected
+    assert alone(archs[::-1]) == expected[::-1]
+    for memory in (2_500_000, 1_200_000):
+        assert Evaluator(net, *images, memory=memory, **options)(archs) == expected
+    for memory in (None, 6_000_000):
+        assert Evaluator(net, *images, memory=memory, stacked=True, **options)(archs) == expected
+
+
+def test_plain_modules_give_the_same_statistics_and_scores(images):
+    """SPOS_FAST_BACKEND=reference, in a process of its own: the tree equals every candidate alone, bit for bit, and the
+    scores are those of the kernels to rounding."""
+    program = """
+        import json, sys
+        import torch
+        from tests.test_prefix_tree import _archs, _space, SPACES
+        from spos_fast import Evaluator, data
+        digits = data.load("digits")
+        images = digits.calibration(60, seed=0), digits.calibration(50, seed=1)
+        for kind in SPACES:
+            torch.manual_seed(0)
+            space = _space(**SPACES[kind])
+            net, archs = space.supernet(), _archs(space, 5)
+            evaluator = Evaluator(net, *images, calibration_batch=25, batch_size=32)
+            scores = evaluator(archs)
+            assert scores == [evaluator([arch])[0] for arch in archs]
+            print(json.dumps([score.loss for score in scores]))
+    """
+    environment = {**os.environ, "SPOS_FAST_BACKEND": "reference", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, check=True, capture_output=True, text=True
+    )
+    for kind, line in zip(SPACES, done.stdout.splitlines(), strict=True):
+        torch.manual_seed(0)
+        space = _space(**SPACES[kind])
+        net, archs = space.supernet(), _archs(space, 5)
+        ours = [score.loss for score in Evaluator(net, *images, calibration_batch=25, batch_size=32)(archs)]
+        assert ours == pytest.approx(json.loads(line), rel=1e-4)
+
+
+def test_every_prefix_runs_once_a_batch(images, monkeypatch):
+    """Shared prefixes are computed once a batch, leaves once an architecture, whatever occurs twice."""
+    calls = Counter()
+    calibrate = parts.Part.calibrate
+
+    def counting(self, inputs):
+        calls[id(self)] += len(inputs)
+        return calibrate(self, inputs)
+
+    monkeypatch.setattr(parts.Part, "calibrate", counting)
+    space = _space()
+    archs = _archs(space)
+    evaluator = Evaluator(space.supernet(), *images, calibration_batch=30)
+    evaluator(archs)
+    probed = len({(layer, gene) for arch in archs for layer, gene in enumerate(arch.genes)}) + 1
+    prefixes = {arch.genes[:length] for arch in archs for length in range(len(archs[0].genes) + 1)}
+    assert sum(calls.values()) == probed + 2 * len(prefixes)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_memory_stays_within_the_budget(images, stacked):
+    """Tensors alive at once, by count: within every budget, less with less; too little for a batch is refused."""
+    space = _space()
+    net, archs = space.supernet(), _archs(space, 40)
+    peaks = []
+    for memory in (24_000_000, 3_000_000, 1_500_000):
+        evaluator = Evaluator(net, *images, memory=memory, stacked=stacked)
+        evaluator(archs[:1])  # what is made once does not count
+        gc.collect()
+        with TensorsAlive() as alive:
+            evaluator(archs)
+        assert alive.most < memory
+        peaks.append(alive.most)
+    assert peaks[-1] < peaks[0]
+    with pytest.raises(InputError, match="memory: got 100,000 bytes; a batch of 60"):
+        Evaluator(net, *images, memory=100_000)(archs)
+
+
+class _Plain(nn.Module):
+    """A candidate that no op stands in for: convolution with bias, affine BN, another activation; maybe dropout."""
+
+    def __init__(self, channels, kernel_size):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2),
+            nn.BatchNorm2d(channels, eps=1e-3),
+            nn.GELU(),
+            nn.Dropout(0.5),
+        )
+
+    def forward(self, x, mid):
+        return x + self.layers(x)
+
+
+def _plain_supernet():
+    torch.manual_seed(0)
+    net = Supernet(
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)),
+        [[_Plain(6, 1), _Plain(6, 3)] for _ in range(3)],
+        nn.Sequential(nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12, affine=False), nn.SiLU()),
+        nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)),
+        0.2,
+        route=lambda arch: [(gene, 6) for gene in arch.genes],
+        build=lambda arch: None,
+    )
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.weight.uniform_(0.5, 2)
+                module.bias.uniform_(-1, 1)
+    return net
+
+
+@pytest.mark.parametrize("mode", ["cumulative", "pooled", "ema"])
+def test_any_module_with_batch_norm_is_scored_as_recalibrate_does(images, mode):
+    """Plain convolutions, affine BN, BN in the classifier, dropout: as recalibrating the network by hand."""
+    net = _plain_supernet()
+    archs = [Architecture("plain", genes) for genes in ((0, 1, 1), (0, 1, 0), (1, 1, 1))]
+    scores = Evaluator(net, *images, mode=mode, calibration_batch=30)(archs)
+    calibration, validation = images
+    for arch, score in zip(archs, scores, strict=True):
+        path = net.path(arch)
+        batches = [x for x, _ in calibration.batches(30)]
+        recalibrate(net, batches, mode, modules=path, forward=lambda x, arch=arch: net(x, arch))
+        net.eval()
+        with torch.no_grad():
+            logits = torch.cat([net(x, arch) for x, _ in validation.batches(50)])
+        assert score.accuracy == (logits.argmax(1) == validation.labels).double().mean().item()
+        assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, validation.labels).item(), rel=1e-5)
+
+
+def test_a_network_without_batch_norm_is_scored_as_it_is(images):
+    """There is nothing to calibrate then."""
+    net = _plain_supernet()
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(module, name, nn.Identity())
+    arch = Architecture("plain", (0, 1, 0))
+    (score,) = Evaluator(net, *images)([arch])
+    net.eval()
+    with torch.no_grad():
+        logits = torch.cat([net(x, arch) for x, _ in images[1].batches(50)])
+    assert score.accuracy == (logits.argmax(1) == images[1].labels).double().mean().item()
+
+
+def test_a_layer_that_runs_twice_is_refused(images):
+    """Its statistics would be those of the last time."""
+    net = _plain_supernet()
+    block = net.features[1][0].layers
+    block.append(block[1])
+    with pytest.raises(InputError, match="runs twice"):
+        Evaluator(net, *images)([Architecture("plain", (0, 0, 0))])
+
+
+def test_hooks_see_their_modules_run(images):
+    """A hook in a block keeps the fused op away from it; the scores stay the same to rounding."""
+    torch.manual_seed(0)
+    space = _space()
+    net, arch = space.supernet(), space.everywhere(1)
+    evaluator = Evaluator(net, *images)
+    (before,) = evaluator([arch])
+    seen = []
+    net.features[2][1].branch_main[0].register_forward_hook(lambda *_: seen.append(1))
+    (after,) = evaluator([arch])
+    assert seen and after.loss == pytest.approx(before.loss, rel=1e-5)
+
+
+def test_autocast_scores_are_near(images):
+    """In bfloat16 the modules run on the CPU; the tree equals every candidate alone there, too."""
+    torch.manual_seed(0)
+    space = _space()
+    net, archs = space.supernet(), _archs(space, 3)
+    evaluator = Evaluator(net, *images)
+    exact = evaluator(archs)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = evaluator(archs)
+        assert scores == [evaluator([arch])[0] for arch in archs]
+    assert [score.loss for score in scores] == pytest.approx([score.loss for score in exact], rel=0.05)

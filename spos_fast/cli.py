@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from spos_fast.errors import CheckpointError, InputError
+from spos_fast.errors import CheckpointError, InputError, RankError
 from spos_fast.nasbench.commands import add_subcommands
 
 DESCRIPTION = """\
@@ -30,6 +30,7 @@ COMMANDS = {
     "retrain": "train the architectures that were found, and the baselines, as networks of their own",
     "report": "write report.html from what the run folder holds",
 }
+LATENCY = "measure the latency of every choice on this device, as a table that a search can be limited by"
 NASBENCH = "NAS-Bench-101: every cell, and the benchmark as a table"
 PRESET_NAMES = sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
 # Settings that a command shows; the ones of earlier stages come from the run folder.
@@ -39,6 +40,7 @@ SECTIONS_OF = {
     "search": ("data", "space", "train", "search"),
     "retrain": ("data", "space", "train", "search", "retrain"),
     "report": (),
+    "latency": ("data", "space"),
 }
 STAGES_OF = {
     "demo": ("train", "search", "retrain"),
@@ -50,7 +52,7 @@ STAGES_OF = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 for a lost rank, 2 for an error of the user's, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["nasbench"]:
@@ -60,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, CheckpointError) as error:
         print(f"spos-fast: error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"spos-fast: error: {error}; run the same command again to go on", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # whoever read our output (head, less) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 0
@@ -83,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import merged, read_config
+    from spos_fast.config import config_from, merged, read_config
     from spos_fast.run import Run, resolve
 
     if options.command == "report":
@@ -92,39 +97,59 @@ def _run(options: argparse.Namespace) -> None:
     preset = read_config(options.config) if options.config else {}
     flags = _flags(options)
     device = _device(options.device)
+    if options.command == "latency":
+        from spos_fast.latency import commands
+
+        settings = merged(preset, flags)
+        if not settings and options.folder is None:
+            raise InputError(f"--config: name a preset ({', '.join(PRESET_NAMES)}), a TOML file, or a run by --folder")
+        folder = _existing(options.folder) if options.folder is not None else None
+        commands.run(options, resolve(folder, preset, flags) if folder else config_from(settings, "settings"), device)
+        return
     if options.threads < 0:
         raise InputError(f"--threads: got {options.threads}; expected 0 or more")
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers: got {options.workers}; expected 0 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = resolve(options.folder, preset, flags)
-    if not merged(preset, flags).get("data") and not (options.folder / "config.json").exists():
-        raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
-    # Everything that can be refused is refused before a folder is made.
-    source = config.data.load(options.workers)
-    space = pipeline.make_space(config, source)
-    for stage in STAGES_OF[options.command]:
-        pipeline.check_settings(stage, config, source, space)
-    if options.command in ("search", "retrain"):
-        pipeline.require_stage_before(options.command, options.folder, config)
-    job = pipeline.Job(options.folder, config, source, space, device, options.workers, not options.no_tensorboard)
-    chosen = _chosen(options, job) if options.command == "retrain" else {}
+    if not 0 < options.rank_timeout < float("inf"):
+        raise InputError(f"--rank-timeout: got {options.rank_timeout:g}; expected a positive number of seconds")
     with ExitStack() as stack:
-        stack.enter_context(distributed.process_group(device))
-        if distributed.world_size() > 1 and options.command not in ("train", "retrain"):
-            raise InputError(f"{options.command}: runs in one process; start it without torchrun")
-        if distributed.rank() == 0:
+        # Joined first: what one rank alone refuses from here on ends the others too.
+        exchange = stack.enter_context(distributed.process_group(device, options.rank_timeout))
+        config = resolve(options.folder, preset, flags)
+        if not merged(preset, flags).get("data") and not (options.folder / "config.json").exists():
+            raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
+        # Everything that can be refused is refused before a folder is made.
+        source = config.data.load(options.workers)
+        space = pipeline.make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
+        for stage in STAGES_OF[options.command]:
+            pipeline.check_settings(stage, config, source, space)
+        if options.command in ("search", "retrain"):
+            pipeline.require_stage_before(options.command, options.folder, config)
+        job = pipeline.Job(
+            options.folder,
+            config,
+            source,
+            space,
+            device,
+            workers=options.workers,
+            tensorboard=not options.no_tensorboard,
+            exchange=exchange,
+        )
+        chosen = _chosen(options, job) if options.command == "retrain" else {}
+        if exchange.rank == 0:  # the others write and say nothing
             stack.enter_context(Run(options.folder, preset, flags, STAGES_OF[options.command]))
-        listener = job.listener = stack.enter_context(_console())
+            console = job.listener = stack.enter_context(_console())
+        exchange.barrier()  # a folder that rank 0 cannot have ends all ranks here
         if options.command in ("demo", "train"):
             pipeline.train_supernet(job)
         if options.command in ("demo", "search"):
             pipeline.search(job)
         if options.command in ("demo", "retrain"):
             pipeline.retrain(job, chosen or pipeline.baselines(job))
-        if distributed.rank() == 0:
-            listener.say(f"report: {write_report(options.folder)}")
+        if exchange.rank == 0:
+            console.say(f"report: {write_report(options.folder)}")
 
 
 def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
@@ -139,6 +164,8 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
             chosen.update(pipeline.baselines(job))
         elif name == "best":
             chosen.update(pipeline.searched(job))
+        elif name == "front":
+            chosen.update(pipeline.pareto_front(job))
         elif name.endswith(".json"):
             try:
                 text = Path(name).read_text()
@@ -150,13 +177,18 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
             arch = job.space.architecture([int(gene) for gene in name.replace("-", ",").split(",") if gene])
             chosen[f"genes_{arch}"] = arch
         else:
-            known = pipeline.baselines(job)
+            known = pipeline.baselines(job) | pipeline.pareto_front(job)
             if name not in known:
                 raise InputError(
-                    f"--arch: got {name!r}; expected all, best, {', '.join(known)}, genes such as 0,1,2, or a JSON file"
+                    f"--arch: got {name!r}; expected all, best, front, {', '.join(known)}, genes such as 0,1,2, "
+                    "or a JSON file"
                 )
             chosen[name] = known[name]
     return chosen
+
+
+def _warn(text: str) -> None:
+    print(f"spos-fast: warning: {text}", file=sys.stderr)
 
 
 def _device(name: str) -> Any:
@@ -223,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
                 action="append",
                 metavar="WHAT",
                 help="what to retrain; may be repeated. all (default): the best of evolution and of random search, "
-                "each choice everywhere, random ones; best: the first two; one of their names; genes such as 0,1,2; "
-                "or a .json file with an architecture",
+                "each choice everywhere, random ones; best: the first two; front: the Pareto front; one of their "
+                "names, such as pareto_0; genes such as 0,1,2; or a .json file with an architecture",
             )
         command.add_argument(
             "--config",
@@ -246,10 +278,35 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--workers", type=int, metavar="N", help="processes that decode images (default: by the cores)"
         )
+        command.add_argument(
+            "--rank-timeout",
+            type=float,
+            default=30.0,
+            metavar="SECONDS",
+            help="under torchrun: a process counts as gone after this time without a sign of life (default 30)",
+        )
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])
+    _add_latency(commands)
     commands.add_parser("nasbench", help=NASBENCH)  # for the list of commands; _nasbench takes what follows
     return parser
+
+
+def _add_latency(commands: Any) -> None:
+    usage = "spos-fast latency --out FILE (--config NAME | --folder FOLDER) ..."
+    command = commands.add_parser(
+        "latency", help=LATENCY, description=LATENCY[0].upper() + LATENCY[1:] + ".", usage=usage, allow_abbrev=False
+    )
+    # Here and not at the top: the options come with torch.
+    from spos_fast.latency.commands import add_options
+
+    add_options(command)
+    presets = ", ".join(PRESET_NAMES)
+    command.add_argument("--config", default="", metavar="NAME", help=f"TOML file, or a preset: {presets}")
+    command.add_argument("--seed", metavar="N", help="of random images and networks (default 0)")
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
+    _add_settings(command, SECTIONS_OF["latency"])
 
 
 def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:
@@ -278,10 +335,11 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
             text = getattr(options, f"{section}.{name}")
             if text is not None:
                 values.setdefault(section, {})[name] = parse_flag(f"--{section}.{name}", text, kind)
-    path = values.get("data", {}).get("path")
-    if path:
-        # A run goes on from another working directory too.
-        values["data"]["path"] = str(Path(path).expanduser().resolve())
+    for section, name in (("data", "path"), ("search", "latency_table")):
+        path = values.get(section, {}).get(name)
+        if path:
+            # A run goes on from another working directory too.
+            values[section][name] = str(Path(path).expanduser().resolve())
     return values
 
 

@@ -8,17 +8,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spos_fast import distributed
 from spos_fast.evaluation import Score
 from spos_fast.recording import Listener
 from spos_fast.training import Metrics
 
 # Seconds between two lines when the output is no terminal.
 _LINE_EVERY = 15.0
+_UNITS = {
+    **dict.fromkeys(("evolution", "random_search", "pareto"), "arch"),
+    **dict.fromkeys(("calibration", "validation"), "image"),
+}
 
 
 class Console(Listener):
-    """Draws what a stage reports on standard error; results go to standard output. Silent on ranks other than 0."""
+    """Draws what a stage reports on standard error; results go to standard output."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -36,8 +39,7 @@ class Console(Listener):
     def say(self, text: str) -> None:
         """Print a line of results."""
         self.close()
-        if distributed.rank() == 0:
-            print(text, flush=True)
+        print(text, flush=True)
 
     def resumed(self, stage: str, done: int, total: int) -> None:
         """Start the bar of a stage."""
@@ -49,9 +51,7 @@ class Console(Listener):
         if done:
             self.say(f"{stage}: goes on after {done:,} of {total:,}")
         if self._terminal:
-            unit = {"evolution": "arch", "random_search": "arch", "calibration": "image", "validation": "image"}.get(
-                stage, "step"
-            )
+            unit = _UNITS.get(stage, "step")
             self._bar = tqdm(total=total, initial=done, desc=stage, unit=unit, dynamic_ncols=True)
 
     def decoded(self, part: str, done: int, total: int) -> None:

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint or a record could not be written or read; what was there before is untouched."""
+
+
+class RankError(RuntimeError):
+    """Another process of a ``torchrun`` job is gone or has failed; the message names it."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 from spos_fast.architecture import Architecture
 from spos_fast.calibration import MODES, Mode
 from spos_fast.data import Images
+from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
 from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
@@ -37,12 +38,14 @@ class Score:
         loss: mean cross-entropy, without label smoothing; NaN if the network failed.
         images: number of images.
         failed: whether a logit, or a statistic of its normalisation layers, was NaN or infinite.
+        stopped: whether it was dropped by early stopping; accuracy and loss are those of the images seen until then.
     """
 
     accuracy: float
     loss: float
     images: int
     failed: bool = False
+    stopped: bool = False
 
 
 class Evaluator:
@@ -50,8 +53,9 @@ class Evaluator:
 
     Architectures that begin alike share the work on their common prefix (:mod:`spos_fast.prefix_tree`), so score a
     generation in one call. The same architecture gives the same score, bit for bit on the CPU, whatever it is scored
-    with, in whatever order, and whatever the memory. A candidate that gives NaN or infinity has failed, and says so; no
-    other is touched by it. (If the images are at fault, all fail.)
+    with, in whatever order, and whatever the memory (with early stopping, after the same calls before). A candidate
+    that gives NaN or infinity has failed, and says so; no other is touched by it. (If the images are at fault, all
+    fail.)
 
     The supernet stays as it is, its running statistics too; to get a network with its statistics, ``net.extract`` it
     and :func:`spos_fast.recalibrate` it.
@@ -68,9 +72,12 @@ class Evaluator:
             costs time, as prefixes are computed again.
         stacked: whether architectures that run the same block on different inputs run it in one call; None is yes on
             GPUs, where one small batch does not fill the device, and no on CPUs.
+        early_stopping: drops hopeless candidates between batches of validation, and learns the scores of every call;
+            images then come in a random order that never changes. None: all candidates see all images.
 
     Raises:
-        InputError: empty image sets, labels below 0, batch sizes below 1 (below 2 for calibration).
+        InputError: empty image sets, labels below 0, batch sizes below 1 (below 2 for calibration), or early stopping
+            with all validation images in one batch.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Evaluator:
         batch_size: int = 256,
         memory: int | None = None,
         stacked: bool | None = None,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         for name, images in (("calibration", calibration), ("validation", validation)):
             if len(images) == 0:
@@ -96,6 +104,11 @@ class Evaluator:
             raise InputError(f"calibration_batch: got {calibration_batch}; batch statistics need at least 2 images")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}; expected a positive number")
+        if early_stopping is not None and len(validation) <= batch_size:
+            raise InputError(
+                f"batch_size: got {batch_size}; early stopping looks at candidates between batches, and the "
+                f"{len(validation)} validation images are one batch; lower it"
+            )
         if memory is not None and memory < 1:
             raise InputError(f"memory: got {memory}; expected a positive number of bytes, or None for what is free")
         # Faster than NCHW; docs/performance.md.
@@ -103,7 +116,7 @@ class Evaluator:
         self.net, self.mode = net, mode
         self.calibration, self.validation = calibration, validation
         self.calibration_batch, self.batch_size = calibration_batch, batch_size
-        self.memory, self.stacked = memory, stacked
+        self.memory, self.stacked, self.early_stopping = memory, stacked, early_stopping
         self._probe = Probe()
         self._labels_checked = False
 
@@ -122,7 +135,10 @@ class Evaluator:
                 _check_labels(self.validation.labels, self.net(self._few_images(), archs[0]))
                 self._labels_checked = True
             scores = dict(zip(different, self._score(different), strict=True))
-        return [scores[route] for route in routes]
+        result = [scores[route] for route in routes]
+        if self.early_stopping is not None:
+            self.early_stopping.learn(archs, result)
+        return result
 
     def _score(self, routes: Sequence[Route]) -> list[Score]:
         """Scores of different routes."""
@@ -150,10 +166,16 @@ class Evaluator:
             running.merge([moments[node] for node in nodes])
         statistics = dict(zip(nodes, running.statistics(), strict=True))
         tally = _Tally(len(routes), self.validation.labels.device)
-        for images, labels in self.validation.batches(self.batch_size):
+        seen, total = 0, len(self.validation)
+        for images, labels in self._validation_batches():
             walk(root, images, partial(_validate, statistics, tally, labels), width)
+            seen += len(labels)
+            if self.early_stopping is not None and seen < total:
+                looks = -(-total // self.batch_size) - 1
+                if not root.prune(self.early_stopping.alive(tally.correct, seen, total, looks).tolist()):
+                    break
         sound = dict(zip(nodes, running.finite().tolist(), strict=True))
-        return tally.scores(len(self.validation), [all(sound[node] for node in path) for path in paths])
+        return tally.scores(total, [all(sound[node] for node in path) for path in paths])
 
     def _plan(self, parts: Parts, routes: int) -> tuple[int | None, int]:
         """How many blocks of a prefix may be shared (None: not even the stem), and how many nodes run together."""
@@ -181,6 +203,15 @@ class Evaluator:
         pixels, normalize = self.calibration.pixels, self.calibration.normalization
         for part in torch.tensor_split(pixels, -(-len(pixels) // self.calibration_batch)):
             yield normalize(part)
+
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.early_stopping is None:
+            yield from self.validation.batches(self.batch_size)
+            return
+        pixels, labels, normalize = self.validation.pixels, self.validation.labels, self.validation.normalization
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+        for part in order.split(self.batch_size):
+            yield normalize(pixels[part]), labels[part]
 
 
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
@@ -245,22 +276,26 @@ class _Tally:
     """Sums over validation images for some networks. They stay on the device: one synchronisation at the end."""
 
     def __init__(self, networks: int, device: torch.device) -> None:
-        self._correct = torch.zeros(networks, dtype=torch.float64, device=device)
-        self._loss, self._finite = torch.zeros_like(self._correct), torch.ones_like(self._correct)
+        self.correct = torch.zeros(networks, dtype=torch.float64, device=device)
+        self._loss, self._finite = torch.zeros_like(self.correct), torch.ones_like(self.correct)
+        self._images = [0] * networks
 
     def add(self, network: int, logits: Tensor, labels: Tensor) -> None:
         """Logits ``[N, classes]`` of one network and labels ``[N]``."""
         logits = logits.float()
-        self._correct[network] += (logits.argmax(1) == labels).sum()
+        self.correct[network] += (logits.argmax(1) == labels).sum()
         self._loss[network] += functional.cross_entropy(logits, labels, reduction="sum")
         self._finite[network] *= logits.isfinite().all()
+        self._images[network] += len(labels)
 
-    def scores(self, images: int, sound: Sequence[bool]) -> list[Score]:
-        """Scores over that many images; whether anything but the logits of a network says that it failed."""
-        correct, loss, finite = torch.stack((self._correct, self._loss, self._finite)).tolist()
+    def scores(self, total: int, sound: Sequence[bool]) -> list[Score]:
+        """Scores, of that many images if a network was not stopped; whether all but its logits is finite."""
+        correct, loss, finite = torch.stack((self.correct, self._loss, self._finite)).tolist()
         return [
-            Score(right / images, total / images, images) if ok and clean else Score(0.0, math.nan, images, failed=True)
-            for right, total, ok, clean in zip(correct, loss, finite, sound, strict=True)
+            Score(right / images, sum_ / images, images, stopped=images < total)
+            if ok and clean
+            else Score(0.0, math.nan, images, failed=True)
+            for right, sum_, ok, clean, images in zip(correct, loss, finite, sound, self._images, strict=True)
         ]
 
 

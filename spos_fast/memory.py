@@ -19,13 +19,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 def free_memory(device: torch.device) -> int:
     """Bytes that this process could still take on a device.
 
-    On a CPU what the system calls available, or less where a control group (a container) allows less. On a GPU what is
-    free plus what torch holds without using it.
+    On a CPU what the system calls available, or less where a control group (a container) allows less, shared out to the
+    processes that ``torchrun`` started on this machine. On a GPU what is free plus what torch holds without using it.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    return min(_available(), _left_in_group())
+    return min(_available(), _left_in_group()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _available() -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +21,21 @@ from spos_fast.calibration import recalibrate
 from spos_fast.checkpoint import Records, load_checkpoint, read_json, write_json
 from spos_fast.config import Config, RetrainConfig, SupernetConfig
 from spos_fast.data import DataSource
+from spos_fast.distributed_evaluation import DistributedEvaluator
+from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
-from spos_fast.evolution import SearchResult, evolve, random_search
-from spos_fast.recording import Listener, RecordedScores
+from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
+from spos_fast.latency import LatencyTable
+from spos_fast.pareto import ParetoResult, pareto_search
+from spos_fast.recording import Listener, RecordedScores, shared_records
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
 
 PHASES = ("evolution", "random_search")
+LATENCY = Path("search") / "latency.json"  # in the run folder
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Job:
         workers: processes that decode images; None is the data set's own choice.
         tensorboard: whether scalars are written.
         listener: hears about progress.
+        exchange: connection to the other processes of a ``torchrun`` job.
     """
 
     folder: Path
@@ -55,35 +62,69 @@ class Job:
     workers: int | None = None
     tensorboard: bool = True
     listener: Listener = dataclasses.field(default_factory=Listener)
+    exchange: distributed.Exchange = dataclasses.field(default_factory=distributed.Exchange)
 
 
-def make_space(config: Config, source: DataSource) -> Space:
-    """The configured space for the images and classes of a data set."""
-    return config.space.make(
+def make_space(
+    config: Config, source: DataSource, folder: Path | None = None, warn: Callable[[str], Any] | None = None
+) -> Space:
+    """The configured space for the images and classes of a data set, with the search's latency table.
+
+    Args:
+        config: settings of the run.
+        source: the data set.
+        folder: the run folder, which may hold the table that its search began with.
+        warn: hears in what this machine differs from the one of the table.
+
+    Raises:
+        InputError, CheckpointError: the table is missing, damaged or of another space.
+    """
+    space = config.space.make(
         input_size=source.input_size, in_channels=source.in_channels, num_classes=source.num_classes
     )
+    path = config.search.latency_table
+    if path:
+        kept = folder / LATENCY if folder is not None else None
+        LatencyTable.read(kept if kept is not None and kept.exists() else path).attach(space, warn)
+    return space
 
 
 def check_settings(stage: str, config: Config, source: DataSource, space: Space) -> None:
     """Refuse what a stage could not do, before anything is written.
 
     Raises:
-        InputError: an infeasible constraint, more calibration images than there are, or a batch that the processes
-            cannot share.
+        InputError: an infeasible constraint, more calibration images than there are, early stopping without a second
+            batch or with several objectives, or a batch or population that the processes cannot share.
         CheckpointError: the published supernet does not fit.
     """
     try:
         if stage == "search":
+            limited = {*config.search.constraint.bounds(), *config.search.objectives}
+            if "latency_ms" in limited and not config.search.latency_table:
+                raise InputError("latency_table: a limit or objective of latency needs one, of `spos-fast latency`")
             UniformSampler(space, config.search.constraint)
             if config.search.calibration_images > source.train_size:
                 asked = config.search.calibration_images
                 raise InputError(f"calibration_images: got {asked:,}; the training part has {source.train_size:,}")
+            if config.search.early_stopping and config.search.objectives:
+                raise InputError(
+                    "early_stopping: stops what cannot be among the most accurate, which a front of several objectives "
+                    "needs too; leave it or objectives out"
+                )
+            if config.search.early_stopping and source.validation_size <= config.search.batch_size:
+                raise InputError(
+                    f"batch_size: got {config.search.batch_size}; early stopping looks at candidates between batches, "
+                    f"and the {source.validation_size:,} validation images are one batch; lower it"
+                )
         elif stage == "train":
             config.train.sampler(space)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if stage in ("train", "retrain") and getattr(config, stage).batch_size % processes:
             size = getattr(config, stage).batch_size
             raise InputError(f"batch_size: {size} images cannot be shared out equally to {processes} processes")
+        if stage == "search" and config.search.population < processes:
+            size = config.search.population
+            raise InputError(f"population: {size} architectures cannot be shared out to {processes} processes")
     except InputError as error:
         raise InputError(f"{stage}.{error}") from None
     if stage == "search" and config.search.supernet:
@@ -151,19 +192,26 @@ def load_supernet(job: Job) -> Supernet:
 
 
 def search(job: Job) -> dict[str, SearchResult]:
-    """Evolution, and random search under the same budget, with the supernet's weights.
+    """Evolution, and random search under the same budget, with the supernet's weights; then a Pareto search, where
+    objectives are set.
+
+    Under ``torchrun`` all ranks run the same search and share out the scoring of every generation; rank 0 writes.
 
     Returns:
-        One result a phase. Also written into the run folder.
+        One result a phase, on every rank, without the Pareto search. All are written into the run folder.
 
     Raises:
-        InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`.
+        InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`; ranks that have different
+            supernets or settings.
+        RankError: another rank is gone or has failed; the search goes on where it was when it is started again.
     """
     settings, config = job.config.search, job.config
-    if distributed.world_size() > 1:
-        raise InputError("folder: the search runs in one process; start it without torchrun")
     UniformSampler(job.space, settings.constraint)  # an infeasible constraint is refused before any work
+    folder = job.folder / "search"
+    records = shared_records(folder / "candidates.jsonl", job.exchange)
     net = load_supernet(job)
+    _require_same_start(net, config, job.exchange)
+    stopping = EarlyStopping(settings.top_k, settings.early_stopping) if settings.early_stopping else None
     evaluator = Evaluator(
         net,
         job.source.calibration(
@@ -176,11 +224,13 @@ def search(job: Job) -> dict[str, SearchResult]:
         mode=settings.bn_mode,  # type: ignore[arg-type]
         calibration_batch=settings.calibration_batch,
         batch_size=settings.batch_size,
+        early_stopping=stopping,
     )
-    folder = job.folder / "search"
-    records = Records(folder / "candidates.jsonl")
+    if settings.latency_table and job.exchange.rank == 0 and not (job.folder / LATENCY).exists():
+        LatencyTable.read(settings.latency_table).write(job.folder / LATENCY)
+    shared = DistributedEvaluator(evaluator, space=job.space, exchange=job.exchange)
     budget = settings.population * (settings.generations + 1)
-    scores = RecordedScores(records, evaluator, job.space, job.listener, budget)
+    scores = RecordedScores(records, shared, job.space, job.listener, budget, stopping)
     results = {}
     results["evolution"] = evolve(
         job.space,
@@ -203,10 +253,30 @@ def search(job: Job) -> dict[str, SearchResult]:
             constraint=settings.constraint,
             seed=config.seed,
         )
-    for phase, result in results.items():
-        write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in result.candidates])
-    write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
+    found: dict[str, tuple[Candidate, ...]] = {phase: result.candidates for phase, result in results.items()}
+    if settings.objectives:
+        pareto = _search_front(job, scores)
+        found |= {"pareto": pareto.candidates, "front": tuple(pareto.front)}
+    if job.exchange.rank == 0:
+        for phase, candidates in found.items():
+            write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in candidates])
+        write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
+    job.exchange.barrier()  # the stage that comes next reads these files on every rank
     return results
+
+
+def _search_front(job: Job, scores: RecordedScores) -> ParetoResult:
+    """Search for the configured objectives."""
+    settings = job.config.search
+    return pareto_search(
+        job.space,
+        scores.phase("pareto"),
+        settings.objectives,
+        population=settings.population,
+        generations=settings.generations,
+        constraint=settings.constraint,
+        seed=job.config.seed,
+    )
 
 
 def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[str, Any]]:
@@ -217,7 +287,8 @@ def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[
         architectures: what to train, by label; the label is the folder's name.
 
     Returns:
-        For every label ``architecture``, ``macs``, ``params``, ``test_accuracy``, ``test_loss``, ``test_images``.
+        For every label ``architecture``, the cost (``macs``, ``params``, and ``latency_ms`` with a latency table),
+        ``test_accuracy``, ``test_loss``, ``test_images``.
     """
     results = {}
     for label, arch in architectures.items():
@@ -248,6 +319,15 @@ def searched(job: Job) -> dict[str, Architecture]:
     require_stage_before("retrain", job.folder, job.config)
     best = read_json(job.folder / "search" / "best.json")
     return {phase: job.space.architecture(best[phase]["genes"]) for phase in PHASES if phase in best}
+
+
+def pareto_front(job: Job) -> dict[str, Architecture]:
+    """The front of the run's Pareto search by label (``pareto_0``, ``pareto_1``, ...), cheapest first; empty without
+    one.
+    """
+    path = job.folder / "search" / "front.json"
+    rows = read_json(path) if path.exists() else []
+    return {f"pareto_{number}": job.space.architecture(row["genes"]) for number, row in enumerate(rows)}
 
 
 def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
@@ -284,20 +364,35 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
             device=job.device,
             workers=job.workers,
         )
-        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative")
+        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative", allow_nonfinite=True)
     score = evaluate(net, job.source.test_batches(settings.batch_size, device=job.device))
-    cost = job.space.cost(arch)
     result = {
         "label": label,
         "architecture": list(arch.genes),
-        "macs": cost.macs,
-        "params": cost.params,
+        **job.space.cost(arch).known(),
         "test_accuracy": score.accuracy,
         "test_loss": score.loss,
         "test_images": score.images,
     }
     write_json(job.folder / stage / "result.json", result)
     return result
+
+
+def _require_same_start(net: Supernet, config: Config, exchange: distributed.Exchange) -> None:
+    """Refuse ranks whose searches would differ: hosts that do not share the run folder.
+
+    Raises:
+        InputError: the weights or the settings of the search differ.
+    """
+    digest = hashlib.sha256(repr((config.seed, config.search)).encode())
+    for value in net.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    digests = exchange.all_gather(digest.hexdigest())
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise InputError(
+                f"folder: ranks 0 and {rank} have different supernets or settings; share the folder between all hosts"
+            )
 
 
 @contextmanager
@@ -351,5 +446,5 @@ def _candidate_row(space: Space, candidate: Any) -> dict[str, Any]:
         "generation": candidate.generation,
         "origin": candidate.origin,
         **dataclasses.asdict(candidate.score),
-        **dataclasses.asdict(space.cost(candidate.architecture)),
+        **space.cost(candidate.architecture).known(),
     }

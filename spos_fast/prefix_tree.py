@@ -44,6 +44,13 @@ class Node:
             waiting += [(child, path) for child in node.children]
         return [found[leaf] for leaf in sorted(found)]
 
+    def prune(self, alive: Sequence[bool]) -> bool:
+        """Take away what only leads to leaves that do not live; whether anything is left."""
+        if self.leaf is not None:
+            return alive[self.leaf]
+        self.children = [child for child in self.children if child.prune(alive)]
+        return bool(self.children)
+
 
 class Parts(NamedTuple):
     """What paths consist of.

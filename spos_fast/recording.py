@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import Records
+from spos_fast.distributed import Exchange
+from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import CheckpointError
-from spos_fast.evaluation import Evaluator, Score
+from spos_fast.evaluation import Score
 from spos_fast.spaces import Space
 from spos_fast.training import Metrics
 
@@ -33,14 +36,48 @@ class Listener:
         """An architecture is retrained and tested."""
 
 
-class RecordedScores:
-    """Scores candidates one by one and records each at once, so that a killed search loses at most one.
+class RecordsOfRankZero:
+    """The records of rank 0 on another rank: the same rows, and no file.
 
-    The search is replayed from the start on resuming; candidates that are on record are not scored again. A candidate
-    that two phases meet is scored once.
+    Attributes:
+        rows: what the file held when the search began, and what came since.
     """
 
-    def __init__(self, records: Records, evaluator: Evaluator, space: Space, listener: Listener, budget: int) -> None:
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path, self.rows = path, rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row that rank 0 writes."""
+        self.rows.append(row)
+
+
+def shared_records(path: Path, exchange: Exchange) -> Records | RecordsOfRankZero:
+    """A file of records that rank 0 reads and writes, so that all ranks replay the same.
+
+    Raises:
+        CheckpointError: on rank 0, the file is damaged.
+    """
+    records = Records(path) if exchange.rank == 0 else None
+    rows = exchange.broadcast(records and records.rows)
+    return records or RecordsOfRankZero(path, rows)
+
+
+class RecordedScores:
+    """Scores a generation at a time and records it at once, so that a killed search loses at most one.
+
+    The search is replayed from the start on resuming; candidates that are on record are not scored again. A candidate
+    that two phases meet is scored once, unless it was stopped early: every phase has a bar of its own.
+    """
+
+    def __init__(
+        self,
+        records: Records | RecordsOfRankZero,
+        evaluator: Callable[[Sequence[Architecture]], Sequence[Score]],
+        space: Space,
+        listener: Listener,
+        budget: int,
+        early_stopping: EarlyStopping | None = None,
+    ) -> None:
         self.records, self.evaluator, self.space, self.listener, self.budget = (
             records,
             evaluator,
@@ -51,41 +88,60 @@ class RecordedScores:
         for number, row in enumerate(records.rows, 1):
             if not isinstance(row, dict) or not {"phase", "genes", "accuracy", "loss", "images"} <= set(row):
                 raise CheckpointError(f"{records.path}: line {number} is no scored candidate; the file is damaged")
-        self.known = {tuple(row["genes"]): Score(row["accuracy"], row["loss"], row["images"]) for row in records.rows}
+        self.early_stopping = early_stopping
+        # Of all phases; without candidates that were stopped early.
+        self.completed: dict[tuple[int, ...], Score] = {}
+        for row in records.rows:
+            self._keep(tuple(row["genes"]), _score(row))
 
     def phase(self, name: str) -> Callable[[Sequence[Architecture]], list[Score]]:
         """The scoring function of one phase; it must be asked for the same candidates as the time before."""
         recorded = [row for row in self.records.rows if row["phase"] == name]
         self.listener.resumed(name, len(recorded), self.budget)
+        known = {tuple(row["genes"]): _score(row) for row in recorded}
         scored: list[Score] = []
+        if self.early_stopping is not None:
+            self.early_stopping.forget()
 
         def score_all(archs: Sequence[Architecture]) -> list[Score]:
-            return [one(arch) for arch in archs]
-
-        def one(arch: Architecture) -> Score:
-            number = len(scored)
-            if number < len(recorded):
-                if tuple(recorded[number]["genes"]) != arch.genes:
+            first = len(scored)
+            for number, (arch, row) in enumerate(zip(archs, recorded[first:], strict=False), first):
+                if tuple(row["genes"]) != arch.genes:
                     raise CheckpointError(
                         f"{self.records.path}: candidate {number} of {name} is of another search; use another folder"
                     )
-                scored.append(self.known[arch.genes])
-                return scored[-1]
-            score = self.known.get(arch.genes) or self.evaluator([arch])[0]
-            self.known[arch.genes] = score
-            cost = self.space.cost(arch)
+            unknown = [arch for arch in archs if arch.genes not in known and arch.genes not in self.completed]
+            if unknown:
+                for arch, score in zip(unknown, self.evaluator(unknown), strict=True):
+                    known[arch.genes] = score
+                    self._keep(arch.genes, score)
+            for arch in archs:
+                scored.append(known.get(arch.genes) or self.completed[arch.genes])
+                if len(scored) > len(recorded):
+                    record(arch)
+            if self.early_stopping is not None:
+                self.early_stopping.learn(archs, scored[first:])
+            return scored[first:]
+
+        def record(arch: Architecture) -> None:
             self.records.append(
                 {
                     "phase": name,
-                    "number": number,
+                    "number": len(scored) - 1,
                     "genes": list(arch.genes),
-                    **dataclasses.asdict(score),
-                    **dataclasses.asdict(cost),
+                    **dataclasses.asdict(scored[-1]),
+                    **self.space.cost(arch).known(),
                 }
             )
-            scored.append(score)
             best = max(scored, key=lambda s: s.accuracy)
-            self.listener.candidate(name, number + 1, self.budget, score, best)
-            return score
+            self.listener.candidate(name, len(scored), self.budget, scored[-1], best)
 
         return score_all
+
+    def _keep(self, genes: tuple[int, ...], score: Score) -> None:
+        if not score.stopped:
+            self.completed[genes] = score
+
+
+def _score(row: dict[str, Any]) -> Score:
+    return Score(**{field.name: row[field.name] for field in dataclasses.fields(Score) if field.name in row})

@@ -128,6 +128,9 @@ def test_mistakes_write_nothing(tmp_path, capsys):
         (["train", *run, *TINY, "--train.widening_end", "0.5"], "train.widening: the space searches no widths"),
         (["demo", *run, *TINY, "--search.calibration_images", "5000"], "search.calibration_images: got 5,000"),
         (["demo", *run, *TINY, *SEARCH, "--search.supernet", "absent.pt"], "absent.pt"),
+        (["demo", *run, *TINY, "--search.early_stopping", "0.4"], "search.early_stopping: got 0.4"),
+        (["demo", *run, *TINY, "--search.early_stopping", "0.9", "--search.batch_size", "5000"], "one batch; lower it"),
+        (["demo", *run, *TINY, "--rank-timeout", "0"], "--rank-timeout: got 0"),
     ):
         _refused(capsys, arguments, says)
         assert not (tmp_path / "run").exists(), arguments

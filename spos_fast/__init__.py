@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from spos_fast.errors import CheckpointError, InputError, RankError
     from spos_fast.evaluation import Evaluator, Score, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
+    from spos_fast.latency import LatencySettings, LatencyTable
     from spos_fast.ops import explain
+    from spos_fast.pareto import ParetoResult, pareto_search
     from spos_fast.sampling import Constraint, UniformSampler
     from spos_fast.spaces import Cost
     from spos_fast.training import Metrics, TrainConfig, train
@@ -34,7 +36,10 @@ _HOME = {
     "EarlyStopping": "early_stopping",
     "Evaluator": "evaluation",
     "InputError": "errors",
+    "LatencySettings": "latency",
+    "LatencyTable": "latency",
     "Metrics": "training",
+    "ParetoResult": "pareto",
     "RankError": "errors",
     "Score": "evaluation",
     "SearchResult": "evolution",
@@ -44,11 +49,12 @@ _HOME = {
     "evaluate": "evaluation",
     "evolve": "evolution",
     "explain": "ops",
+    "pareto_search": "pareto",
     "random_search": "evolution",
     "recalibrate": "calibration",
     "train": "training",
 }
-_MODULES = ("analysis", "data", "nasbench", "nn", "ops", "spaces")
+_MODULES = ("analysis", "data", "latency", "nasbench", "nn", "ops", "spaces")
 
 __all__ = [
     "Architecture",
@@ -60,7 +66,10 @@ __all__ = [
     "EarlyStopping",
     "Evaluator",
     "InputError",
+    "LatencySettings",
+    "LatencyTable",
     "Metrics",
+    "ParetoResult",
     "RankError",
     "Score",
     "SearchResult",
@@ -70,6 +79,7 @@ __all__ = [
     "evaluate",
     "evolve",
     "explain",
+    "pareto_search",
     "random_search",
     "recalibrate",
     "train",

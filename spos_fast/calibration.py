@@ -6,15 +6,18 @@ its own (arXiv 1904.00420, section 3.4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from spos_fast.errors import InputError
-from spos_fast.ops import bn_moments
+from spos_fast.nn.observation import observing
 
 Mode = Literal["cumulative", "pooled", "ema"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -23,105 +26,250 @@ MODES: tuple[str, ...] = get_args(Mode)
 _EMA_MOMENTUM = 0.1
 
 
+@torch.no_grad()
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     mode: Mode = "cumulative",
     *,
+    set_path: Callable[[Any], Any] | None = None,
+    inputs: Hashable | Callable[[Any], Any] = None,
+    images: int | None = None,
+    device: str | torch.device | None = None,
     modules: Iterable[nn.Module] | None = None,
-    forward: Callable[[Tensor], Any] | None = None,
+    forward: Callable[[Any], Any] | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
-    """Reset the statistics of batch normalisation and set them from ``batches``, without gradients.
+    """Set the statistics of batch normalisation from ``batches``, in one pass and without gradients.
 
-    Normalisation runs on batch statistics meanwhile; everything else (dropout) as in evaluation. Training flags and
-    momenta are restored. If anything fails, the old statistics are put back.
+    Takes any PyTorch model: BatchNorm1d, 2d, 3d and SyncBatchNorm, their subclasses, and layers that another module
+    runs as a slice. Normalisation runs on batch statistics meanwhile, everything else (dropout, instance norm) as in
+    evaluation. Statistics are merged in float64.
+
+    All layers are recalibrated, whether they were in training or in evaluation mode; ``modules`` leaves some out, which
+    then run on the statistics that they have. Layers, and channels of a layer, that no batch reaches keep theirs. A
+    layer that is called several times in a forward counts every call as a batch (``pooled``: takes all values alike).
+    Training flags, hooks and momenta are restored. If anything fails, Ctrl-C included, nothing has changed but the path
+    that ``set_path`` has set.
+
+    In several processes each one recalibrates with its own batches, SyncBatchNorm and DistributedDataParallel too: give
+    all of them the same ones.
 
     Args:
         model: any network; only its normalisation layers change.
-        batches: image batches, or tuples that start with one. Any device and dtype that the model takes.
+        batches: what the network is called with: tensors, tuples or lists that begin with one (also nested), dicts with
+            ``inputs``. Any device and dtype that the model takes. Read once.
         mode: ``"cumulative"``: average of the batches' means and unbiased variances, all batches alike (momentum None).
             ``"pooled"``: mean and unbiased variance over all values of all batches, exact whatever their sizes.
-            ``"ema"``: exponential average with momentum 0.1, as the published search.
+            ``"ema"``: exponential average with momentum 0.1 from mean 0 and variance 1 on, as the published search.
+        set_path: called once with the model before anything else: chooses the path of a supernet.
+        inputs: where in a batch the network's input is: a key or an index, or a function of the batch.
+        images: use at most that many images; the last batch is cut. Default: all. Fewer are no error.
+        device: moves the inputs there; default: they stay where they are.
         modules: where to look for normalisation layers; default all of ``model``. A supernet's path is enough.
-        forward: runs the network on one batch; default ``model`` itself.
+        forward: runs the network on one input; default ``model`` itself.
+        allow_nonfinite: keep statistics that came out NaN or infinite, instead of refusing them.
 
     Raises:
-        InputError: unknown mode, no normalisation layer with running statistics, or no batch.
+        InputError: unknown mode, no normalisation layer with running statistics, none that runs, a lazy one that has
+            not run yet, DataParallel on several devices, no batch, a batch that is no tensor, a layer that gets a
+            single value a channel, statistics that are NaN or infinite.
     """
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}; expected one of {', '.join(MODES)}")
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
+        raise InputError(f"images: got {images!r}; expected a positive number, or None for all")
+    if isinstance(batches, Tensor):
+        raise InputError("batches: got one tensor; expected batches, such as a DataLoader or images.split(128)")
+    model = _unwrapped(model)
+    if set_path is not None:
+        set_path(model)
     roots = [model] if modules is None else list(modules)
-    layers = list(dict.fromkeys(m for root in roots for m in root.modules() if isinstance(m, _BatchNorm)))
-    layers = [layer for layer in layers if layer.running_mean is not None]
-    if not layers:
-        raise InputError(
-            "model: has no batch normalisation with running statistics, so there is nothing to recalibrate"
-        )
+    norms = list(dict.fromkeys(m for root in roots for m in root.modules() if isinstance(m, _BatchNorm)))
+    names = _names(model, norms)
+    statistics = {layer: _Statistics(layer, mode) for layer in names}
+    everything = dict.fromkeys(module for root in (model, *roots) for module in root.modules())
 
-    flags = [(module, module.training) for root in roots for module in root.modules()]
-    momenta = [layer.momentum for layer in layers]
-    before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
-    pools = [_Pool() for _ in layers] if mode == "pooled" else []
-    hooks = [layer.register_forward_pre_hook(pool.hook) for layer, pool in zip(layers, pools, strict=False)]
-    done = False
-    try:
-        for module, _ in flags:
+    with _as_before(everything, names), _eagerly():
+        for module in everything:
             module.training = False
-        for layer in layers:
+        for layer in norms:  # those without statistics too: a module may run them in its own layers' place
             layer.training = True
-            layer.reset_running_stats()
-            # Pooled statistics are set at the end; momentum 0 keeps the layer from spending time on its own.
-            layer.momentum = {"cumulative": None, "ema": _EMA_MOMENTUM, "pooled": 0.0}[mode]
+        for layer in names:
+            layer.track_running_stats = True
         count = 0
-        with torch.no_grad():
-            for batch in batches:
-                (forward or model)(batch if isinstance(batch, Tensor) else batch[0])
+        with observing(names, lambda layer, *seen: statistics[layer].take(*seen)):
+            for x in _inputs(batches, inputs, images, device):
+                (forward or model)(x)
                 count += 1
         if count == 0:
             raise InputError("batches: there is none; recalibration needs at least one batch of images")
-        for layer, pool in zip(layers, pools, strict=False):
-            pool.write(layer)
-        done = True
+        results = {layer: made.result() for layer, made in statistics.items() if made.calls}
+        if not results:
+            raise InputError(f"model: none of its {len(names)} normalisation layers runs on the batches")
+        if not allow_nonfinite:
+            _check_finite(results, names)
+    for layer, (seen, mean, var) in results.items():
+        for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
+            assert buffer is not None
+            buffer.copy_(torch.where(seen, value, buffer.double()))
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(statistics[layer].calls)
+
+
+class _Statistics:
+    """Of everything that one layer has seen, channel by channel, in float64."""
+
+    def __init__(self, layer: _BatchNorm, mode: Mode) -> None:
+        device = None if layer.running_mean is None else layer.running_mean.device
+        zeros = torch.zeros(layer.num_features, dtype=torch.float64, device=device)
+        self.calls = 0
+        self._mode = mode
+        # Pooled: values, mean, squared distances from it. Cumulative: calls, sums. Exponential: calls, averages.
+        self._weight, self._mean = zeros, zeros.clone()
+        self._var = torch.ones_like(zeros) if mode == "ema" else zeros.clone()
+
+    def take(self, channels: slice | Tensor | None, mean: Tensor, var: Tensor, count: int) -> None:
+        """One call: mean and unbiased variance of ``count`` values for each of the channels; None: of all of them."""
+        self.calls += 1
+        if channels is None:
+            self._merge(self._weight, self._mean, self._var, mean, var, count)
+            return
+        weight, kept, spread = self._weight[channels], self._mean[channels], self._var[channels]
+        self._merge(weight, kept, spread, mean, var, count)
+        self._weight[channels], self._mean[channels], self._var[channels] = weight, kept, spread
+
+    def _merge(self, weight: Tensor, kept: Tensor, spread: Tensor, mean: Tensor, var: Tensor, count: int) -> None:
+        if self._mode == "pooled":  # Chan, Golub and LeVeque (1979)
+            share = count / weight.add_(count)
+            delta = mean - kept
+            kept.addcmul_(delta, share)
+            spread.add_(var, alpha=count - 1)
+            spread.add_(delta.square_().mul_(1 - share), alpha=count)
+            return
+        weight.add_(1)
+        alpha = 1.0
+        if self._mode == "ema":
+            alpha = _EMA_MOMENTUM
+            kept.mul_(1 - alpha)
+            spread.mul_(1 - alpha)
+        kept.add_(mean, alpha=alpha)
+        spread.add_(var, alpha=alpha)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which channels were seen, their mean and their unbiased variance."""
+        seen = self._weight > 0
+        if self._mode == "ema":
+            return seen, self._mean, self._var
+        if self._mode == "pooled":
+            return seen, self._mean, self._var / (self._weight - 1)
+        return seen, self._mean / self._weight, self._var / self._weight
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without the wrappers of several devices: they split batches, and copy buffers between processes."""
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise InputError(
+            f"model: got DataParallel on {len(model.device_ids)} devices, of which only the first would be heard; pass "
+            "model.module"
+        )
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _names(model: nn.Module, norms: list[_BatchNorm]) -> dict[_BatchNorm, str]:
+    """The layers that have running statistics, with their names.
+
+    Raises:
+        InputError: there is none, or one that does not know its channels yet.
+    """
+    known: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    names = {
+        layer: known.get(layer) or type(layer).__name__
+        for layer in norms
+        if layer.running_mean is not None and layer.running_var is not None
+    }
+    if not names:
+        raise InputError(
+            "model: has no batch normalisation with running statistics, so there is nothing to recalibrate"
+        )
+    for layer, name in names.items():
+        if layer.running_mean is not None and is_lazy(layer.running_mean):
+            raise InputError(
+                f"model: {name} is a {type(layer).__name__} that does not know its channels; run the model once before"
+            )
+    return names
+
+
+@contextmanager
+def _as_before(modules: Iterable[nn.Module], layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Training flags of the modules and everything of the layers are put back."""
+    flags = [(module, module.training) for module in modules]
+    tracked = [(layer, layer.track_running_stats) for layer in layers]
+    buffers = [
+        (layer, name, buffer, buffer.clone()) for layer in layers for name, buffer in layer.named_buffers(recurse=False)
+    ]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
         for module, training in flags:
             module.training = training
-        if not done:
-            for layer, buffers in zip(layers, before, strict=True):
-                for name, value in buffers.items():
-                    getattr(layer, name).copy_(value)
+        for layer, tracks in tracked:
+            layer.track_running_stats = tracks
+        for layer, name, buffer, value in buffers:
+            buffer.copy_(value)
+            if getattr(layer, name) is not buffer:  # some forwards put another tensor in its place
+                setattr(layer, name, buffer)
 
 
-class _Pool:
-    """Moments of everything that one layer has seen, merged by Chan's rule in float64."""
+def _eagerly() -> Any:
+    """Compiled parts of the model run as they were written: compiled code cannot be looked into."""
+    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.batches = 0
-        self.mean: Tensor | None = None
-        self.m2: Tensor | None = None
 
-    def hook(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        mean, m2 = bn_moments(x.reshape(*x.shape[:2], -1, 1) if x.dim() != 4 else x)
-        mean, m2, count = mean[0].double(), m2[0].double(), x.numel() // x.shape[1]
-        if self.mean is None or self.m2 is None:
-            self.mean, self.m2 = mean, m2
-        else:
-            total = self.count + count
-            delta = mean - self.mean
-            self.mean = self.mean + delta * (count / total)
-            self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
-        self.count += count
-        self.batches += 1
-
-    def write(self, layer: _BatchNorm) -> None:
-        if self.mean is None or self.m2 is None:
+def _inputs(
+    batches: Iterable[Any], where: Hashable | Callable[[Any], Any], images: int | None, device: Any
+) -> Iterator[Any]:
+    left = images
+    for batch in batches:
+        x = where(batch) if callable(where) else _tensor(batch, where)
+        if left is not None:
+            if not isinstance(x, Tensor):
+                raise InputError(f"images: cannot be counted in a {type(x).__name__}; let inputs return a tensor")
+            x = x[:left]
+            left -= len(x)
+        yield x.to(device, non_blocking=True) if device is not None and isinstance(x, Tensor) else x
+        if left == 0:
             return
-        # A layer that runs as a slice has seen its first channels only.
-        layer.running_mean[: len(self.mean)] = self.mean  # type: ignore[index]
-        layer.running_var[: len(self.mean)] = self.m2 / max(self.count - 1, 1)  # type: ignore[index]
-        layer.num_batches_tracked.fill_(self.batches)  # type: ignore[union-attr]
+
+
+def _tensor(batch: Any, where: Hashable) -> Tensor:
+    """The network's input in a batch: at ``where``, or what a tuple or list begins with."""
+    part = batch
+    if where is not None:
+        try:
+            part = batch[where]
+        except (KeyError, IndexError, TypeError):
+            keys = f" with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
+            raise InputError(f"inputs: got {where!r}, which is not in a batch: {type(batch).__name__}{keys}") from None
+    while isinstance(part, (tuple, list)) and part:
+        part = part[0]
+    if isinstance(part, Mapping):
+        raise InputError(f"batches: got a dict; name the images in it by inputs, one of {', '.join(map(repr, part))}")
+    if not isinstance(part, Tensor):
+        raise InputError(
+            f"batches: got a {type(part).__name__}; expected tensors, or tuples that begin with one (see inputs)"
+        )
+    return part
+
+
+def _check_finite(results: Mapping[_BatchNorm, Any], names: Mapping[_BatchNorm, str]) -> None:
+    # A sum is finite where all of its terms are. One transfer from the device for all layers.
+    sums = [torch.where(seen, mean + var, 0).sum() for seen, mean, var in results.values()]
+    finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().tolist()
+    wrong = [names[layer] for layer, fine in zip(results, finite, strict=True) if not fine]
+    if wrong:
+        raise InputError(
+            f"batches: NaN or infinite values reach {len(wrong)} of {len(results)} normalisation layers, {wrong[0]} "
+            "among them; clean the images (or the weights), or keep such statistics with allow_nonfinite=True"
+        )

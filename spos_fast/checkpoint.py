@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,24 @@ def write_whole(path: str | Path, content: bytes) -> None:
             temporary.unlink()
         kept = "; the file that was there is untouched" if path.exists() else ""
         raise CheckpointError(f"{path}: could not be written ({error.strerror or error}){kept}") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse before hours of work what :func:`write_whole` would refuse after them. Nothing is left behind.
+
+    Raises:
+        CheckpointError: ``path`` is a folder or a device, or no file can be made in its folder (or, where that is still
+            to be made, in the folder that is to hold it).
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file; name another one")
+    folder = next(folder for folder in path.parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from None
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "retrain": "train the architectures that were found, and the baselines, as networks of their own",
     "report": "write report.html from what the run folder holds",
 }
+LATENCY = "measure the latency of every choice on this device, as a table that a search can be limited by"
 NASBENCH = "NAS-Bench-101: every cell, and the benchmark as a table"
 PRESET_NAMES = sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
 # Settings that a command shows; the ones of earlier stages come from the run folder.
@@ -39,6 +40,7 @@ SECTIONS_OF = {
     "search": ("data", "space", "train", "search"),
     "retrain": ("data", "space", "train", "search", "retrain"),
     "report": (),
+    "latency": ("data", "space"),
 }
 STAGES_OF = {
     "demo": ("train", "search", "retrain"),
@@ -86,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import merged, read_config
+    from spos_fast.config import config_from, merged, read_config
     from spos_fast.run import Run, resolve
 
     if options.command == "report":
@@ -95,6 +97,15 @@ def _run(options: argparse.Namespace) -> None:
     preset = read_config(options.config) if options.config else {}
     flags = _flags(options)
     device = _device(options.device)
+    if options.command == "latency":
+        from spos_fast.latency import commands
+
+        settings = merged(preset, flags)
+        if not settings and options.folder is None:
+            raise InputError(f"--config: name a preset ({', '.join(PRESET_NAMES)}), a TOML file, or a run by --folder")
+        folder = _existing(options.folder) if options.folder is not None else None
+        commands.run(options, resolve(folder, preset, flags) if folder else config_from(settings, "settings"), device)
+        return
     if options.threads < 0:
         raise InputError(f"--threads: got {options.threads}; expected 0 or more")
     if options.workers is not None and options.workers < 0:
@@ -111,7 +122,7 @@ def _run(options: argparse.Namespace) -> None:
             raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
         # Everything that can be refused is refused before a folder is made.
         source = config.data.load(options.workers)
-        space = pipeline.make_space(config, source)
+        space = pipeline.make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
         for stage in STAGES_OF[options.command]:
             pipeline.check_settings(stage, config, source, space)
         if options.command in ("search", "retrain"):
@@ -153,6 +164,8 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
             chosen.update(pipeline.baselines(job))
         elif name == "best":
             chosen.update(pipeline.searched(job))
+        elif name == "front":
+            chosen.update(pipeline.pareto_front(job))
         elif name.endswith(".json"):
             try:
                 text = Path(name).read_text()
@@ -164,13 +177,18 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
             arch = job.space.architecture([int(gene) for gene in name.replace("-", ",").split(",") if gene])
             chosen[f"genes_{arch}"] = arch
         else:
-            known = pipeline.baselines(job)
+            known = pipeline.baselines(job) | pipeline.pareto_front(job)
             if name not in known:
                 raise InputError(
-                    f"--arch: got {name!r}; expected all, best, {', '.join(known)}, genes such as 0,1,2, or a JSON file"
+                    f"--arch: got {name!r}; expected all, best, front, {', '.join(known)}, genes such as 0,1,2, "
+                    "or a JSON file"
                 )
             chosen[name] = known[name]
     return chosen
+
+
+def _warn(text: str) -> None:
+    print(f"spos-fast: warning: {text}", file=sys.stderr)
 
 
 def _device(name: str) -> Any:
@@ -237,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
                 action="append",
                 metavar="WHAT",
                 help="what to retrain; may be repeated. all (default): the best of evolution and of random search, "
-                "each choice everywhere, random ones; best: the first two; one of their names; genes such as 0,1,2; "
-                "or a .json file with an architecture",
+                "each choice everywhere, random ones; best: the first two; front: the Pareto front; one of their "
+                "names, such as pareto_0; genes such as 0,1,2; or a .json file with an architecture",
             )
         command.add_argument(
             "--config",
@@ -269,8 +287,26 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])
+    _add_latency(commands)
     commands.add_parser("nasbench", help=NASBENCH)  # for the list of commands; _nasbench takes what follows
     return parser
+
+
+def _add_latency(commands: Any) -> None:
+    usage = "spos-fast latency --out FILE (--config NAME | --folder FOLDER) ..."
+    command = commands.add_parser(
+        "latency", help=LATENCY, description=LATENCY[0].upper() + LATENCY[1:] + ".", usage=usage, allow_abbrev=False
+    )
+    # Here and not at the top: the options come with torch.
+    from spos_fast.latency.commands import add_options
+
+    add_options(command)
+    presets = ", ".join(PRESET_NAMES)
+    command.add_argument("--config", default="", metavar="NAME", help=f"TOML file, or a preset: {presets}")
+    command.add_argument("--seed", metavar="N", help="of random images and networks (default 0)")
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
+    _add_settings(command, SECTIONS_OF["latency"])
 
 
 def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:
@@ -299,10 +335,11 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
             text = getattr(options, f"{section}.{name}")
             if text is not None:
                 values.setdefault(section, {})[name] = parse_flag(f"--{section}.{name}", text, kind)
-    path = values.get("data", {}).get("path")
-    if path:
-        # A run goes on from another working directory too.
-        values["data"]["path"] = str(Path(path).expanduser().resolve())
+    for section, name in (("data", "path"), ("search", "latency_table")):
+        path = values.get(section, {}).get(name)
+        if path:
+            # A run goes on from another working directory too.
+            values[section][name] = str(Path(path).expanduser().resolve())
     return values
 
 

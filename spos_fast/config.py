@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spos_fast.calibration import MODES
 from spos_fast.data import DataSource, load
 from spos_fast.errors import InputError
+from spos_fast.pareto import check_objectives
 from spos_fast.sampling import Constraint, UniformSampler
 from spos_fast.spaces import SPACES, Space
 from spos_fast.training import TrainConfig
@@ -185,6 +186,11 @@ class SearchConfig(CostRange):
         early_stopping: confidence, such as 0.99, with which candidates that do not reach the top_k are dropped before
             they have seen all validation images; 0: never.
         supernet: published SPOS checkpoint to search with, instead of training one.
+        latency_table: file of `spos-fast latency`; costs then have a latency. The run keeps a copy.
+        latency_ms_min: least predicted latency of an architecture, in milliseconds.
+        latency_ms_max: most predicted latency of an architecture, in milliseconds.
+        objectives: accuracy and one or more of macs, params, latency_ms, such as accuracy,macs, for a Pareto search
+            (NSGA-II of Optuna) with the same population and generations; empty: none.
     """
 
     population: int = 50
@@ -200,6 +206,16 @@ class SearchConfig(CostRange):
     batch_size: int = 256
     early_stopping: float = 0.0
     supernet: str = ""
+    latency_table: str = ""
+    latency_ms_min: float = 0.0
+    latency_ms_max: float = 0.0
+    objectives: tuple[str, ...] = ()
+
+    @property
+    def constraint(self) -> Constraint:
+        """The ranges as a constraint."""
+        latency = (self.latency_ms_min or None, self.latency_ms_max or None)
+        return dataclasses.replace(super().constraint, latency_ms=latency)
 
     def __post_init__(self) -> None:
         for name in ("population", "top_k", "calibration_images", "batch_size"):
@@ -221,6 +237,11 @@ class SearchConfig(CostRange):
             raise InputError(f"early_stopping: got {self.early_stopping:g}; expected 0, or 0.5 or more and below 1")
         if self.bn_mode not in MODES:
             raise InputError(f"bn_mode: got {self.bn_mode!r}; expected one of {', '.join(MODES)}")
+        for name in ("latency_ms_min", "latency_ms_max"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: got {getattr(self, name):g}; expected milliseconds, or 0 for no limit")
+        if self.objectives:
+            check_objectives(self.objectives)
         _ = self.constraint
 
 
@@ -397,7 +418,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         kind = next(option for option in get_args(kind) if option is not type(None))
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name}: got {value!r}; expected a list of numbers")
+            raise InputError(f"{name}: got {value!r}; expected a list")
         return tuple(_typed(name, entry, get_args(kind)[0]) for entry in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -16,7 +16,10 @@ from spos_fast.spaces import Space
 
 # A child that is known or too expensive is bred again this many times, as in the published code; then the place is
 # filled by a random architecture.
-_TRIES_PER_CHILD = 10
+TRIES_PER_CHILD = 10
+# Where the size of the constrained space is not known: this many known draws in a row for every known architecture, and
+# it is taken as exhausted.
+_MISSES_PER_KNOWN = 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Candidate:
         architecture: what was scored.
         score: its score.
         generation: 0 for the first population.
-        origin: ``"random"``, ``"mutation"`` or ``"crossover"``.
+        origin: ``"random"``, ``"mutation"`` or ``"crossover"``; ``"child"`` (either or both) in a Pareto search.
     """
 
     architecture: Architecture
@@ -94,7 +97,7 @@ def evolve(
         InputError: numbers that make no search, or an infeasible constraint.
     """
     _check_positive(population=population, top_k=top_k)
-    _check_not_negative(generations=generations, crossover=crossover, mutation=mutation, seed=seed)
+    check_not_negative(generations=generations, crossover=crossover, mutation=mutation, seed=seed)
     if not 0 <= mutation_probability <= 1:
         raise InputError(f"mutation_probability: got {mutation_probability}; expected 0 to 1")
     if crossover + mutation > population:
@@ -102,7 +105,7 @@ def evolve(
             f"crossover, mutation: {crossover} + {mutation} children do not fit into a population of {population}"
         )
     rng = np.random.default_rng([seed, 0])
-    fresh = _Fresh(space, constraint, rng)
+    fresh = Fresh(space, constraint, rng)
     candidates: list[Candidate] = []
     batch = [(arch, "random") for arch in fresh.random(population)]
     for generation in range(generations + 1):
@@ -135,8 +138,8 @@ def random_search(
     Args and errors as :func:`evolve`; give it the number of candidates that evolution scored for a fair comparison.
     """
     _check_positive(budget=budget, population=population)
-    _check_not_negative(seed=seed)
-    fresh = _Fresh(space, constraint, np.random.default_rng([seed, 1]))
+    check_not_negative(seed=seed)
+    fresh = Fresh(space, constraint, np.random.default_rng([seed, 1]))
     candidates: list[Candidate] = []
     for generation in range(-(-budget // population)):
         archs = fresh.random(min(population, budget - len(candidates)))
@@ -148,7 +151,7 @@ def random_search(
     return SearchResult(tuple(candidates))
 
 
-class _Fresh:
+class Fresh:
     """Hands out architectures that satisfy the constraint, each at most once."""
 
     def __init__(self, space: Space, constraint: Constraint | None, rng: np.random.Generator) -> None:
@@ -156,33 +159,45 @@ class _Fresh:
         self.constraint = constraint or Constraint()
         self.sampler = UniformSampler(space, constraint)
         self.seen: set[Architecture] = set()
+        self.none_left = False
 
     def random(self, n: int) -> list[Architecture]:
         """Up to n new random architectures; fewer only when no more are left."""
         out: list[Architecture] = []
         count = self.sampler.count
-        # With an unknown count, a long run of known draws is taken as the end of the space.
+        # Draws may be slow, and every generation asks again: what was found to be the end of the space stays it.
+        self.none_left = self.none_left or len(self.seen) == count
         misses = 0
-        while len(out) < n and (count is None or len(self.seen) < count) and misses < 10_000 + 100 * len(self.seen):
+        while len(out) < n and not self.none_left:
             arch = self.sampler.sample(self.rng)
             misses += 1
             if arch not in self.seen:
                 misses = 0
                 self.seen.add(arch)
                 out.append(arch)
+            # With an unknown count, a long run of known draws is taken as the end of the space: if one architecture
+            # were left, it would be missed with a probability of exp(-_MISSES_PER_KNOWN) at most.
+            unlikely = count is None and misses >= _MISSES_PER_KNOWN * (len(self.seen) + 1)
+            self.none_left = unlikely or len(self.seen) == count
         return out
 
     def bred(self, n: int, breed: Callable[[], tuple[int, ...]]) -> Iterator[Architecture]:
         """Up to n new children within the constraint, out of ``10 n`` tries."""
         made = 0
-        for _ in range(_TRIES_PER_CHILD * n):
+        for _ in range(TRIES_PER_CHILD * n):
             if made == n:
                 return
             arch = Architecture(self.space.name, breed())
-            if arch not in self.seen and self.constraint.allows(self.space.cost(arch)):
+            if self.admit(arch):
                 made += 1
-                self.seen.add(arch)
                 yield arch
+
+    def admit(self, arch: Architecture) -> bool:
+        """Whether an architecture is new and within the constraint; it is not new any more then."""
+        if arch in self.seen or not self.constraint.allows(self.space.cost(arch)):
+            return False
+        self.seen.add(arch)
+        return True
 
 
 def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -215,7 +230,8 @@ def _check_positive(**values: int) -> None:
             raise InputError(f"{name}: got {value}; expected a positive number")
 
 
-def _check_not_negative(**values: int) -> None:
+def check_not_negative(**values: int) -> None:
+    """Refuse negative settings, naming the first."""
     for name, value in values.items():
         if value < 0:
             raise InputError(f"{name}: got {value}; expected 0 or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,9 @@ from spos_fast.distributed_evaluation import DistributedEvaluator
 from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
-from spos_fast.evolution import SearchResult, evolve, random_search
+from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
+from spos_fast.latency import LatencyTable
+from spos_fast.pareto import ParetoResult, pareto_search
 from spos_fast.recording import Listener, RecordedScores, shared_records
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
@@ -33,6 +35,7 @@ from spos_fast.supernet import Supernet
 from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
 
 PHASES = ("evolution", "random_search")
+LATENCY = Path("search") / "latency.json"  # in the run folder
 
 
 @dataclass
@@ -62,11 +65,28 @@ class Job:
     exchange: distributed.Exchange = dataclasses.field(default_factory=distributed.Exchange)
 
 
-def make_space(config: Config, source: DataSource) -> Space:
-    """The configured space for the images and classes of a data set."""
-    return config.space.make(
+def make_space(
+    config: Config, source: DataSource, folder: Path | None = None, warn: Callable[[str], Any] | None = None
+) -> Space:
+    """The configured space for the images and classes of a data set, with the search's latency table.
+
+    Args:
+        config: settings of the run.
+        source: the data set.
+        folder: the run folder, which may hold the table that its search began with.
+        warn: hears in what this machine differs from the one of the table.
+
+    Raises:
+        InputError, CheckpointError: the table is missing, damaged or of another space.
+    """
+    space = config.space.make(
         input_size=source.input_size, in_channels=source.in_channels, num_classes=source.num_classes
     )
+    path = config.search.latency_table
+    if path:
+        kept = folder / LATENCY if folder is not None else None
+        LatencyTable.read(kept if kept is not None and kept.exists() else path).attach(space, warn)
+    return space
 
 
 def check_settings(stage: str, config: Config, source: DataSource, space: Space) -> None:
@@ -74,15 +94,23 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
 
     Raises:
         InputError: an infeasible constraint, more calibration images than there are, early stopping without a second
-            batch, or a batch or population that the processes cannot share.
+            batch or with several objectives, or a batch or population that the processes cannot share.
         CheckpointError: the published supernet does not fit.
     """
     try:
         if stage == "search":
+            limited = {*config.search.constraint.bounds(), *config.search.objectives}
+            if "latency_ms" in limited and not config.search.latency_table:
+                raise InputError("latency_table: a limit or objective of latency needs one, of `spos-fast latency`")
             UniformSampler(space, config.search.constraint)
             if config.search.calibration_images > source.train_size:
                 asked = config.search.calibration_images
                 raise InputError(f"calibration_images: got {asked:,}; the training part has {source.train_size:,}")
+            if config.search.early_stopping and config.search.objectives:
+                raise InputError(
+                    "early_stopping: stops what cannot be among the most accurate, which a front of several objectives "
+                    "needs too; leave it or objectives out"
+                )
             if config.search.early_stopping and source.validation_size <= config.search.batch_size:
                 raise InputError(
                     f"batch_size: got {config.search.batch_size}; early stopping looks at candidates between batches, "
@@ -164,12 +192,13 @@ def load_supernet(job: Job) -> Supernet:
 
 
 def search(job: Job) -> dict[str, SearchResult]:
-    """Evolution, and random search under the same budget, with the supernet's weights.
+    """Evolution, and random search under the same budget, with the supernet's weights; then a Pareto search, where
+    objectives are set.
 
     Under ``torchrun`` all ranks run the same search and share out the scoring of every generation; rank 0 writes.
 
     Returns:
-        One result a phase, on every rank. Also written into the run folder.
+        One result a phase, on every rank, without the Pareto search. All are written into the run folder.
 
     Raises:
         InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`; ranks that have different
@@ -197,6 +226,8 @@ def search(job: Job) -> dict[str, SearchResult]:
         batch_size=settings.batch_size,
         early_stopping=stopping,
     )
+    if settings.latency_table and job.exchange.rank == 0 and not (job.folder / LATENCY).exists():
+        LatencyTable.read(settings.latency_table).write(job.folder / LATENCY)
     shared = DistributedEvaluator(evaluator, space=job.space, exchange=job.exchange)
     budget = settings.population * (settings.generations + 1)
     scores = RecordedScores(records, shared, job.space, job.listener, budget, stopping)
@@ -222,12 +253,30 @@ def search(job: Job) -> dict[str, SearchResult]:
             constraint=settings.constraint,
             seed=config.seed,
         )
+    found: dict[str, tuple[Candidate, ...]] = {phase: result.candidates for phase, result in results.items()}
+    if settings.objectives:
+        pareto = _search_front(job, scores)
+        found |= {"pareto": pareto.candidates, "front": tuple(pareto.front)}
     if job.exchange.rank == 0:
-        for phase, result in results.items():
-            write_json(folder / f"{phase}.json", [_candidate_row(job.space, found) for found in result.candidates])
+        for phase, candidates in found.items():
+            write_json(folder / f"{phase}.json", [_candidate_row(job.space, candidate) for candidate in candidates])
         write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
     job.exchange.barrier()  # the stage that comes next reads these files on every rank
     return results
+
+
+def _search_front(job: Job, scores: RecordedScores) -> ParetoResult:
+    """Search for the configured objectives."""
+    settings = job.config.search
+    return pareto_search(
+        job.space,
+        scores.phase("pareto"),
+        settings.objectives,
+        population=settings.population,
+        generations=settings.generations,
+        constraint=settings.constraint,
+        seed=job.config.seed,
+    )
 
 
 def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[str, Any]]:
@@ -238,7 +287,8 @@ def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[
         architectures: what to train, by label; the label is the folder's name.
 
     Returns:
-        For every label ``architecture``, ``macs``, ``params``, ``test_accuracy``, ``test_loss``, ``test_images``.
+        For every label ``architecture``, the cost (``macs``, ``params``, and ``latency_ms`` with a latency table),
+        ``test_accuracy``, ``test_loss``, ``test_images``.
     """
     results = {}
     for label, arch in architectures.items():
@@ -269,6 +319,15 @@ def searched(job: Job) -> dict[str, Architecture]:
     require_stage_before("retrain", job.folder, job.config)
     best = read_json(job.folder / "search" / "best.json")
     return {phase: job.space.architecture(best[phase]["genes"]) for phase in PHASES if phase in best}
+
+
+def pareto_front(job: Job) -> dict[str, Architecture]:
+    """The front of the run's Pareto search by label (``pareto_0``, ``pareto_1``, ...), cheapest first; empty without
+    one.
+    """
+    path = job.folder / "search" / "front.json"
+    rows = read_json(path) if path.exists() else []
+    return {f"pareto_{number}": job.space.architecture(row["genes"]) for number, row in enumerate(rows)}
 
 
 def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
@@ -305,14 +364,12 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
             device=job.device,
             workers=job.workers,
         )
-        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative")
+        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative", allow_nonfinite=True)
     score = evaluate(net, job.source.test_batches(settings.batch_size, device=job.device))
-    cost = job.space.cost(arch)
     result = {
         "label": label,
         "architecture": list(arch.genes),
-        "macs": cost.macs,
-        "params": cost.params,
+        **job.space.cost(arch).known(),
         "test_accuracy": score.accuracy,
         "test_loss": score.loss,
         "test_images": score.images,
@@ -389,5 +446,5 @@ def _candidate_row(space: Space, candidate: Any) -> dict[str, Any]:
         "generation": candidate.generation,
         "origin": candidate.origin,
         **dataclasses.asdict(candidate.score),
-        **dataclasses.asdict(space.cost(candidate.architecture)),
+        **space.cost(candidate.architecture).known(),
     }

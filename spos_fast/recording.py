@@ -130,7 +130,7 @@ class RecordedScores:
                     "number": len(scored) - 1,
                     "genes": list(arch.genes),
                     **dataclasses.asdict(scored[-1]),
-                    **dataclasses.asdict(self.space.cost(arch)),
+                    **self.space.cost(arch).known(),
                 }
             )
             best = max(scored, key=lambda s: s.accuracy)

@@ -14,7 +14,7 @@ import numpy as np
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
-from spos_fast.spaces import Cost, CostTable, Space
+from spos_fast.spaces import METRICS, Cost, CostTable, Space
 
 Range = tuple[float | None, float | None]
 
@@ -31,13 +31,16 @@ class Constraint:
     Attributes:
         macs: (least, most) multiply-accumulates, e.g. ``(None, 330e6)``.
         params: (least, most) weights.
+        latency_ms: (least, most) milliseconds, for spaces with a latency table.
     """
 
     macs: Range = (None, None)
     params: Range = (None, None)
+    latency_ms: Range = (None, None)
 
     def __post_init__(self) -> None:
-        for name, bounds in (("macs", self.macs), ("params", self.params)):
+        for name in METRICS:
+            bounds = getattr(self, name)
             if not isinstance(bounds, tuple) or len(bounds) != 2:
                 raise InputError(f"{name}: got {bounds!r}; expected a pair (least, most), None for an open end")
             low, high = bounds
@@ -52,14 +55,25 @@ class Constraint:
     def bounds(self) -> dict[str, tuple[float, float]]:
         """The metrics that are constrained at all, with infinities for open ends."""
         out = {}
-        for name, (low, high) in (("macs", self.macs), ("params", self.params)):
+        for name in METRICS:
+            low, high = getattr(self, name)
             if low is not None or high is not None:
                 out[name] = (-np.inf if low is None else low, np.inf if high is None else high)
         return out
 
     def allows(self, cost: Cost) -> bool:
-        """Whether the cost lies in every range."""
-        return all(low <= getattr(cost, name) <= high for name, (low, high) in self.bounds().items())
+        """Whether the cost lies in every range.
+
+        Raises:
+            InputError: latency is constrained and the cost has none.
+        """
+        known = cost.known()
+        for name, (low, high) in self.bounds().items():
+            if name not in known:
+                raise _without_table(name)
+            if not low <= known[name] <= high:
+                return False
+        return True
 
 
 class UniformSampler:
@@ -77,17 +91,21 @@ class UniformSampler:
             constrained, or a space whose costs have too many different sums to count one by one).
 
     Raises:
-        InputError: no architecture satisfies the constraint; the message names the feasible range.
+        InputError: no architecture satisfies the constraint (the message names the feasible range), or latency is
+            constrained in a space without a latency table.
     """
 
     def __init__(self, space: Space, constraint: Constraint | None = None) -> None:
         self.space = space
         self.constraint = constraint or Constraint()
-        bounds = self.constraint.bounds()
-        for name, (low, high) in bounds.items():
+        bounds = {}  # as totals of the tables
+        for name, wanted in self.constraint.bounds().items():
+            if name not in space.cost_tables:
+                raise _without_table(name)
             table = space.cost_tables[name]
+            low, high = bounds[name] = table.limits(*wanted)
             if table.largest < low or table.smallest > high:
-                raise _infeasible(name, low, high, table.smallest, table.largest)
+                raise self._infeasible(name, table.smallest, table.largest)
         # A range that the whole space satisfies constrains nothing.
         bounds = {
             name: (low, high)
@@ -97,7 +115,7 @@ class UniformSampler:
         lattices = {name: _Lattice(space.cost_tables[name], *bounds[name]) for name in bounds}
         for name, lattice in lattices.items():
             if lattice.count == 0:
-                raise _infeasible(name, *bounds[name], *lattice.nearest)
+                raise self._infeasible(name, *lattice.nearest)
         tightest = min(lattices, key=lambda name: lattices[name].count, default=None)
         self._lattice = lattices[tightest] if tightest else None
         exact = self._lattice is not None and self._lattice.unit == 1
@@ -149,8 +167,19 @@ class UniformSampler:
             low, high = bounds[name]
             least, most = self._lattice.range_of(self.space.cost_tables[name])
             if least > high or most < low:
-                within = f"with {counted} {_describe(*bounds[counted or ''])}"
-                raise InputError(f"{name}: {_describe(low, high)} is infeasible; {within} it is {least:,} to {most:,}")
+                wanted, table = self.constraint.bounds(), self.space.cost_tables[name]
+                within = f"with {counted} {_describe(*wanted[counted or ''])}"
+                found = f"{_shown(table.value(least))} to {_shown(table.value(most))}"
+                raise InputError(f"{name}: {_describe(*wanted[name])} is infeasible; {within} it is {found}")
+
+    def _infeasible(self, name: str, least: int, most: int) -> InputError:
+        """With the range of the space, or the values nearest to the wanted range."""
+        table, wanted = self.space.cost_tables[name], self.constraint.bounds()[name]
+        low, high = table.limits(*wanted)
+        outside = most < low or least > high
+        ends = [_shown(table.value(end)) for end in (least, most)]
+        found = f"the space has {ends[0]} to {ends[1]}" if outside else f"the nearest values are {' and '.join(ends)}"
+        return InputError(f"{name}: no architecture has {_describe(*wanted)}; {found}")
 
 
 class _Lattice:
@@ -228,14 +257,16 @@ class _Lattice:
         return int(least[0]) + other.fixed, int(most[0]) + other.fixed
 
 
-def _infeasible(name: str, low: float, high: float, least: float, most: float) -> InputError:
-    wanted = _describe(low, high)
-    if most < low or least > high:
-        return InputError(f"{name}: no architecture has {wanted}; the space has {least:,} to {most:,}")
-    return InputError(f"{name}: no architecture has {wanted}; the nearest values are {least:,} and {most:,}")
+def _without_table(name: str) -> InputError:
+    return InputError(f"{name}: the space has no table of it; attach one that `spos-fast latency` wrote")
+
+
+def _shown(value: float) -> str:
+    whole = isinstance(value, int) or value == round(value) or abs(value) >= 1e4
+    return f"{value:,.0f}" if whole else f"{value:,.4g}"
 
 
 def _describe(low: float, high: float) -> str:
     if low == -np.inf:
-        return f"at most {high:,.0f}"
-    return f"at least {low:,.0f}" if high == np.inf else f"{low:,.0f} to {high:,.0f}"
+        return f"at most {_shown(high)}"
+    return f"at least {_shown(low)}" if high == np.inf else f"{_shown(low)} to {_shown(high)}"

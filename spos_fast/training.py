@@ -25,6 +25,7 @@ from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 
 Amp = Literal["off", "bf16", "fp16"]
@@ -77,7 +78,13 @@ class TrainConfig:
 
 
 class PathSampler(Protocol):
-    """What draws the paths of a training: a :class:`spos_fast.UniformSampler`, or a schedule over one."""
+    """What draws the paths of a training: a :class:`spos_fast.UniformSampler`, or a schedule over one.
+
+    Attributes:
+        space: what it draws from; checkpoints remember it.
+    """
+
+    space: Space
 
     def at(self, seed: int, step: int) -> Architecture:
         """The architecture of a training step; depends on nothing but seed and step."""
@@ -147,7 +154,8 @@ def train(
     optimizer = _optimizer(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     recipe = {name: value for name, value in asdict(config).items() if name not in ("log_every", "checkpoint_seconds")}
-    state = _State(net, optimizer, scaler, {"seed": seed, "full": full, **recipe, **(identity or {})})
+    space = None if sampler is None else {"name": sampler.space.name, **sampler.space.config()}
+    state = _State(net, optimizer, scaler, {"seed": seed, "full": full, **recipe, **(identity or {})}, space)
     start = state.load(checkpoint) if checkpoint is not None else 0
     _check_same_start(start, device)
     if on_resume is not None:
@@ -303,8 +311,10 @@ class _State:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         identity: dict[str, Any],
+        space: dict[str, Any] | None,
     ) -> None:
         self.net, self.optimizer, self.scaler, self.identity = net, optimizer, scaler, identity
+        self.space = space
 
     def save(self, path: str | Path, step: int) -> None:
         save_checkpoint(
@@ -312,6 +322,7 @@ class _State:
             {
                 "step": step,
                 "identity": self.identity,
+                "space": self.space,
                 "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -326,6 +337,7 @@ class _State:
         for key in ("step", "identity", "model", "optimizer", "scaler"):
             if key not in content:
                 raise CheckpointError(f"{path}: not a checkpoint of training ({key} is missing)")
+        self._check_space(content.get("space"), path)
         for key, value in self.identity.items():
             if content.get("identity", {}).get(key) != value:
                 other = content.get("identity", {}).get(key)
@@ -336,6 +348,18 @@ class _State:
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         return int(content["step"])
+
+    def _check_space(self, other: dict[str, Any] | None, path: str | Path) -> None:
+        """Networks of different spaces may have the same weights (other image sizes, other ratios of one widest)."""
+        if other is None or self.space is None:  # a plain network, or written before checkpoints knew their space
+            return
+        differing = [key for key in {**other, **self.space} if other.get(key) != self.space.get(key)]
+        if differing:
+            theirs, own = (
+                f"{space.get('name')} ({', '.join(f'{key}={space.get(key)!r}' for key in differing if key != 'name')})"
+                for space in (other, self.space)
+            )
+            raise CheckpointError(f"{path}: was trained in the space {theirs}, not {own}; use another run folder")
 
 
 def load_model(net: nn.Module, content: dict[str, Any], path: str | Path) -> None:

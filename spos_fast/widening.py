@@ -35,7 +35,7 @@ class WideningSampler:
             raise InputError(f"widening: got {start:g} to {end:g}; expected shares, 0 <= start <= end <= 1")
         if "width" not in sampler.space.kinds:
             raise InputError("widening: the space searches no widths; give it channels, or leave the schedule out")
-        self.sampler = sampler
+        self.sampler, self.space = sampler, sampler.space
         self.start, self.end = round(start * steps), round(end * steps)
         kinds = sampler.space.kinds
         self.total = len(sampler.space.choices[kinds.index("width")])
@@ -54,8 +54,8 @@ class WideningSampler:
         widths = self.widths(step)
         if widths == self.total:
             return self.sampler.at(seed, step)
-        rng, space = np.random.default_rng([seed, step]), self.sampler.space
+        rng = np.random.default_rng([seed, step])
         genes = []
-        for names, is_width in zip(space.choices, self._is_width, strict=True):
+        for names, is_width in zip(self.space.choices, self._is_width, strict=True):
             genes.append(int(rng.integers(len(names) - widths if is_width else 0, len(names))))
-        return space.architecture(genes)
+        return self.space.architecture(genes)

@@ -1,5 +1,6 @@
 """Two processes with half of every batch train as one process with the whole batch does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,61 +9,105 @@ import textwrap
 import pytest
 import torch
 
-# Batch normalisation is fixed to its initial statistics (evaluation mode) and dropout is off: batch statistics of half
-# a batch differ from those of the whole one by definition.
+pytestmark = pytest.mark.timeout(300)  # several processes, on whatever cores are left
+
+# One process imports PyTorch once and forks the ranks of every job, one job after another, as torchrun would start
+# them: a process that is started imports for seconds. Batch normalisation is fixed to its initial statistics
+# (evaluation mode) and dropout is off: batch statistics of half a batch differ from those of the whole one by
+# definition.
 PROGRAM = textwrap.dedent("""
-    import sys
-    import torch
+    import json, os, socket, sys, traceback
+    import torch, torch._dynamo
     from torch import nn
-    from spos_fast import TrainConfig, UniformSampler, data, distributed, train
+    from spos_fast import TrainConfig, UniformSampler, cli, data, distributed, train
     from spos_fast.spaces import ShuffleNetV2
     from spos_fast.supernet import Supernet
 
-    nn.BatchNorm2d.forward = lambda self, x: nn.functional.batch_norm(
-        x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-    )
-    with distributed.process_group(torch.device("cpu")):
-        space = ShuffleNetV2(input_size=8, num_classes=10, in_channels=1, stem_channels=8, stem_stride=1,
-                             stage_channels=(16, 32), stage_repeats=(2, 2), stage_strides=(1, 2), head_channels=32,
-                             dropout=0.0)
-        torch.manual_seed(0)
-        supernet = sys.argv[2] == "supernet"
-        net = space.supernet() if supernet else space.build(space.everywhere(0))
-        paths, seen = [], Supernet.forward
-        Supernet.forward = lambda self, x, arch: (paths.append(arch.genes), seen(self, x, arch))[1]
-        rows = []
-        train(net, data.load("digits"), TrainConfig(steps=6, batch_size=32, lr=0.02, log_every=2),
-              sampler=UniformSampler(space) if supernet else None, seed=5, on_metrics=rows.append,
-              checkpoint=f"{sys.argv[3]}/{distributed.rank()}/checkpoint.pt" if len(sys.argv) > 3 else None)
-        untouched = [name for name, p in net.named_parameters() if p.grad is None]
-        torch.save({"model": net.state_dict(), "paths": paths, "untouched": untouched,
-                    "rows": [(row.loss, row.accuracy) for row in rows]}, f"{sys.argv[1]}/{distributed.rank()}.pt")
+    def trained(folder, kind, *checkpoints):
+        nn.BatchNorm2d.forward = lambda self, x: nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+        os.makedirs(folder, exist_ok=True)
+        with distributed.process_group(torch.device("cpu")):
+            space = ShuffleNetV2(input_size=8, num_classes=10, in_channels=1, stem_channels=8, stem_stride=1,
+                                 stage_channels=(16, 32), stage_repeats=(2, 2), stage_strides=(1, 2), head_channels=32,
+                                 dropout=0.0)
+            torch.manual_seed(0)
+            supernet = kind == "supernet"
+            net = space.supernet() if supernet else space.build(space.everywhere(0))
+            paths, seen = [], Supernet.forward
+            Supernet.forward = lambda self, x, arch: (paths.append(arch.genes), seen(self, x, arch))[1]
+            rows = []
+            train(net, data.load("digits"), TrainConfig(steps=6, batch_size=32, lr=0.02, log_every=2),
+                  sampler=UniformSampler(space) if supernet else None, seed=5, on_metrics=rows.append,
+                  checkpoint=f"{checkpoints[0]}/{distributed.rank()}/checkpoint.pt" if checkpoints else None)
+            untouched = [name for name, p in net.named_parameters() if p.grad is None]
+            torch.save({"model": net.state_dict(), "paths": paths, "untouched": untouched,
+                        "rows": [(row.loss, row.accuracy) for row in rows]}, f"{folder}/{distributed.rank()}.pt")
+
+    def rank(number, processes, port, arguments):
+        os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(processes),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if arguments[0] == "cli":
+            return cli.main(arguments[1:])
+        trained(*arguments)
+        return 0
+
+    for processes, arguments in json.loads(sys.argv[1]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for number in range(processes):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    code = rank(number, processes, port, arguments)
+                except BaseException:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            children.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        print(json.dumps(codes), flush=True)
+        if any(codes):
+            break
 """)
 
 
-def _run(folder, kind, processes, *checkpoints):
-    folder.mkdir()
-    (folder / "program.py").write_text(PROGRAM)
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def _run(*jobs):
+    """Run jobs one after another, until one fails: (processes, arguments) each. Returns what they said, and the exit
+    codes of the last one's ranks."""
     done = subprocess.run(
-        [*launch, str(folder / "program.py"), str(folder), kind, *checkpoints],
+        [sys.executable, "-c", PROGRAM, json.dumps(jobs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    """What the ranks saw, by kind of network and number of processes."""
+    root = tmp_path_factory.mktemp("ranks")
+    pairs = [(kind, processes) for kind in ("supernet", "plain") for processes in (1, 2)]
+    done, codes = _run(*((processes, [f"{root}/{kind}{processes}", kind]) for kind, processes in pairs))
+    assert not any(codes), done.stderr
+    return {
+        (kind, processes): [torch.load(root / f"{kind}{processes}" / f"{rank}.pt") for rank in range(processes)]
+        for kind, processes in pairs
+    }
 
 
 @pytest.mark.parametrize("kind", ["supernet", "plain"])
-def test_two_ranks_of_half_a_batch_are_one_rank_of_the_whole(tmp_path, kind):
+def test_two_ranks_of_half_a_batch_are_one_rank_of_the_whole(trainings, kind):
     """Same paths on all ranks, same weights up to rounding, no gradients off the path, metrics over all images."""
-    (one,) = _run(tmp_path / "one", kind, 1)
-    first, second = _run(tmp_path / "two", kind, 2)
+    (one,), (first, second) = trainings[kind, 1], trainings[kind, 2]
     assert first["paths"] == second["paths"] == one["paths"]
     assert first["untouched"] == second["untouched"] == one["untouched"]
     if kind == "supernet":
@@ -76,9 +121,10 @@ def test_two_ranks_of_half_a_batch_are_one_rank_of_the_whole(tmp_path, kind):
 
 def test_ranks_that_read_different_checkpoints_are_refused(tmp_path):
     """Hosts that do not share the run folder: an error on resuming, not a silent mixture of steps."""
-    _run(tmp_path / "one", "supernet", 1, str(tmp_path / "apart"))
-    with pytest.raises(RuntimeError, match="one process is at step 6, another at 0; share the folder"):
-        _run(tmp_path / "two", "supernet", 2, str(tmp_path / "apart"))
+    arguments = [str(tmp_path / "out"), "supernet", str(tmp_path / "apart")]
+    done, codes = _run((1, arguments), (2, arguments))
+    assert codes == [1, 1]
+    assert "one process is at step 6, another at 0; share the folder" in done.stderr
 
 
 def test_the_command_line_under_torchrun(tmp_path):

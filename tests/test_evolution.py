@@ -137,3 +137,30 @@ def test_counts_agree_with_the_sampler(tiny_space):
     count = UniformSampler(tiny_space, constraint).count
     result = random_search(tiny_space, Target(tiny_space), 500, constraint=constraint)
     assert len(result.candidates) == count
+
+
+def test_a_single_cost_in_the_joint_space_ends_quickly(monkeypatch):
+    """Few of the 4e27 networks have a given cost near the cheapest, and how many is not known: all are found, and after
+    a short run of known draws no generation looks for more."""
+    space = ShuffleNetV2(channels=(0.6, 0.8, 1.0, 1.2, 1.4, 1.6))
+    table = space.cost_tables["macs"]
+    layers = [layer.reshape(-1) - int(layer.min()) for layer in table.layers]
+    step = min(int(layer[layer > 0].min()) for layer in layers)
+    wanted = table.smallest + 2 * step
+
+    def completions(layer, left):
+        if layer == len(layers):
+            return [()] if left == 0 else []
+        shape = table.layers[layer].shape
+        return [
+            (*map(int, np.unravel_index(choice, shape)), *rest)
+            for choice in np.flatnonzero(layers[layer] <= left)
+            for rest in completions(layer + 1, left - layers[layer][choice])
+        ]
+
+    expected = {space.architecture(genes) for genes in completions(0, 2 * step)}
+    draws, sample = [], UniformSampler.sample
+    monkeypatch.setattr(UniformSampler, "sample", lambda *given: draws.append(0) or sample(*given))
+    result = evolve(space, Target(space), constraint=Constraint(macs=(wanted, wanted)))
+    assert {candidate.architecture for candidate in result.candidates} == expected and len(expected) > 3
+    assert len(draws) < 100 * len(expected)

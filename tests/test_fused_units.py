@@ -207,12 +207,12 @@ def test_device_and_dtype() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_recalibration(calls: list[str], mode: str) -> None:
-    """Every mode gives the statistics of the plain modules; pooled statistics need hooks and get the modules."""
+    """Every mode gives the statistics of the plain modules, and the units stay fused."""
     net, seen = nn.Sequential(unit(seed=1), unit(seed=2)), nn.Sequential(unit(seed=1), unit(seed=2))
     batches = [images(seed, size) for seed, size in enumerate((3, 3, 2))]
     recalibrate(net, batches, mode)  # type: ignore[arg-type]
     recalibrate(seen, batches, mode, forward=lambda x: plainly(seen[1], plainly(seen[0], x)))  # type: ignore[arg-type]
-    assert len(calls) == (0 if mode == "pooled" else 6)
+    assert len(calls) == 6
     for (name, a), b in zip(net.state_dict().items(), seen.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 

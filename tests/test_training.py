@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spos_fast import CheckpointError, InputError, Metrics, TrainConfig, UniformSampler, data, evaluate, train
+from spos_fast.checkpoint import load_checkpoint, save_checkpoint
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.training import _mix
 
@@ -109,6 +110,28 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_space, digits, tmp_path)
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of spos_fast"):
         train(net, digits, config, sampler=sampler, seed=5, checkpoint=path)
+
+
+def test_a_checkpoint_of_another_space_is_refused(tiny_space, digits, tmp_path):
+    """Both spaces are named by what differs, also where the weights would fit; a checkpoint that does not know its
+    space is resumed from as before."""
+    path = tmp_path / "checkpoint.pt"
+    whole, _ = _trained(tiny_space, digits, 12, checkpoint=path)
+    fitting = ShuffleNetV2(**tiny_space.config() | {"stage_strides": (1, 1)})
+    said = (
+        r"checkpoint\.pt: was trained in the space shufflenet_v2 \(stage_strides=\(1, 2\)\), "
+        r"not shufflenet_v2 \(stage_strides=\(1, 1\)\)"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        _trained(fitting, digits, 12, checkpoint=path)
+    wider = ShuffleNetV2(**tiny_space.config() | {"channels": (0.5, 1.0)})
+    with pytest.raises(CheckpointError, match=r"\(channels=None\), not shufflenet_v2\+widths \(channels=\(0.5, 1.0\)"):
+        _trained(wider, digits, 12, checkpoint=path)
+    old = load_checkpoint(path)
+    del old["space"]
+    save_checkpoint(path, old)
+    again, rows = _trained(tiny_space, digits, 12, checkpoint=path)
+    assert _equal(whole, again) and not rows
 
 
 def test_divergence_is_an_error(tiny_space, digits):

@@ -5,6 +5,7 @@
 #include "csrc/cpu/bn_normalize.h"
 #ifdef SPOS_FAST_WITH_CUDA
 #include "kernels/cuda/bn_moments.h"
+#include "kernels/cuda/bn_normalize.h"
 #endif
 
 namespace spos::bindings {
@@ -104,6 +105,21 @@ std::tuple<Tensor, Tensor> bn_moments_cuda(const Tensor& x, int64_t groups) {
     STD_TORCH_CHECK(error == nullptr, "bn_moments on CUDA: ", error);
     return {mean, m2};
 }
+
+Tensor bn_normalize_cuda(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu, int64_t groups) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    MomentsShape shape;
+    const DType dtype = dtype_of(x, "x");
+    const Tensor input = checked_input(x, groups, shape);
+    const Tensor scales = per_group(scale, "scale", x, groups), shifts = per_group(shift, "shift", x, groups);
+    const Tensor out = shape.channels_last ? empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3))
+                                           : torch::stable::new_empty(x, x.sizes());
+    const char* error =
+        spos::cuda::bn_normalize(dtype, input.const_data_ptr(), shape, scales.const_data_ptr(), shifts.const_data_ptr(),
+                                 relu, out.mutable_data_ptr(), current_stream(input));
+    STD_TORCH_CHECK(error == nullptr, "bn_normalize on CUDA: ", error);
+    return out;
+}
 #endif
 
 }  // namespace
@@ -114,6 +130,7 @@ Kernels batchnorm_kernels() {
         {"bn_normalize", "CPU", TORCH_BOX(&bn_normalize_cpu)},
 #ifdef SPOS_FAST_WITH_CUDA
         {"bn_moments", "CUDA", TORCH_BOX(&bn_moments_cuda)},
+        {"bn_normalize", "CUDA", TORCH_BOX(&bn_normalize_cuda)},
 #endif
     };
 }

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "csrc/bindings/cpu_memory.h"
+#include "csrc/bindings/groups.h"
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/unit_passes.h"
 
@@ -49,7 +50,7 @@ Lines<A> padded(const Tensor& values, int64_t first, int64_t size) {
     return result;
 }
 
-// What a layer reads, with the vectors that it points to.
+// What a layer reads (of one of several groups), with the vectors that it points to.
 template <typename T>
 struct Loaded {
     using A = typename Compute<T>::type;
@@ -57,10 +58,11 @@ struct Loaded {
     Input<T> input;
 
     Loaded(const Tensor& x, const MaybeTensor& scale_in, const MaybeTensor& shift_in, bool relu, int64_t first,
-           int64_t step, int64_t channels) {
-        input = {static_cast<const T*>(x.const_data_ptr()) + first, x.size(1), step};
+           int64_t step, int64_t channels, int64_t group = 0, int64_t groups = 1) {
+        input = {static_cast<const T*>(part(x, group, groups)) + first, x.size(1), step};
         if (scale_in)
-            scale = padded<A>(*scale_in, 0, channels), shift = padded<A>(*shift_in, 0, channels);
+            scale = padded<A>(*scale_in, group * channels, channels),
+            shift = padded<A>(*shift_in, group * channels, channels);
         else if (relu)
             scale.assign(whole_packs(channels), A(1)), shift.assign(whole_packs(channels), A(0));
         else
@@ -71,13 +73,14 @@ struct Loaded {
 
 // Arguments that both layers share.
 void check_layer(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
-                 int64_t channels) {
+                 int64_t channels, int64_t groups = 1) {
     check_image(x, "x");
     const ScalarType statistics = statistics_type(dtype_of(x, "x"));
     STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == x.scalar_type(),
                     "weight must be [out, in, k, k] in the dtype of x");
     STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
-    if (scale) check_vector(*scale, "scale", channels, statistics), check_vector(*shift, "shift", channels, statistics);
+    const int64_t size = groups * channels;
+    if (scale) check_vector(*scale, "scale", size, statistics), check_vector(*shift, "shift", size, statistics);
 }
 
 void check_pointwise(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
@@ -91,8 +94,8 @@ void check_pointwise(const Tensor& x, const Tensor& weight, const MaybeTensor& s
 }
 
 void check_depthwise(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
-                     int64_t stride, int64_t channels) {
-    check_layer(x, weight, scale, shift, channels);
+                     int64_t stride, int64_t channels, int64_t groups = 1) {
+    check_layer(x, weight, scale, shift, channels, groups);
     STD_TORCH_CHECK(weight.size(1) == 1 && weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
                     "weight must be [channels, 1, k, k] with an odd k");
     STD_TORCH_CHECK(channels >= 1 && channels <= weight.size(0) && channels <= x.size(1) && stride >= 1,
@@ -114,10 +117,14 @@ using Statistics3 = std::tuple<Tensor, Tensor, Tensor>;
 
 // The first values, and zeros for absent channels behind them.
 template <typename A>
+void fill_statistics(const std::vector<double>& values, int64_t size, A* to) {
+    for (int64_t c = 0; c < size; ++c) to[c] = c < int64_t(values.size()) ? static_cast<A>(values[c]) : 0;
+}
+
+template <typename A>
 Tensor statistics_tensor(const Tensor& x, const std::vector<double>& values, int64_t size) {
     const Tensor made = torch::stable::new_empty(x, {size}, statistics_type(dtype_of(x, "x")));
-    A* to = static_cast<A*>(made.mutable_data_ptr());
-    for (int64_t c = 0; c < size; ++c) to[c] = c < int64_t(values.size()) ? static_cast<A>(values[c]) : 0;
+    fill_statistics(values, size, static_cast<A*>(made.mutable_data_ptr()));
     return made;
 }
 
@@ -149,24 +156,29 @@ Statistics3 pw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
 }
 
 Statistics3 dw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
-                           bool relu, int64_t stride, int64_t channels, const MaybeTensor& width) {
-    check_depthwise(x, weight, scale, shift, stride, channels);
+                           bool relu, int64_t stride, int64_t channels, const MaybeTensor& width, int64_t groups) {
+    check_depthwise(x, weight, scale, shift, stride, channels, groups);
     const Tensor image = channels_last(x), packed = torch::stable::contiguous(weight);
-    const Window window = window_of(x, weight, used_channels(width, channels), stride);
+    Window window = window_of(x, weight, used_channels(width, channels), stride);
     const Tensor z = new_image(image, channels, window.channels, window.out_height(), window.out_width());
-    Tensor mean, m2;
+    window.samples = group_samples(x, groups);
+    const ScalarType wide = statistics_type(dtype_of(x, "x"));
+    const Tensor mean = grouped_vector(x, wide, channels, groups), m2 = grouped_vector(x, wide, channels, groups);
     with_type(dtype_of(x, "x"), [&](auto type) {
         using T = decltype(type);
         using A = typename Compute<T>::type;
-        const Loaded<T> loaded(image, scale, shift, relu, 0, 1, channels);
-        const Moments moments = depthwise_forward(Depthwise<T>{loaded.input,
-                                                               window,
-                                                               static_cast<const T*>(packed.const_data_ptr()),
-                                                               static_cast<T*>(z.mutable_data_ptr()),
-                                                               channels,
-                                                               {}},
-                                                  parallel_for);
-        mean = statistics_tensor<A>(x, moments.mean, channels), m2 = statistics_tensor<A>(x, moments.m2, channels);
+        for_each_group(x, groups, [&](int64_t group, const spos::cpu::ParallelFor& pool) {
+            const Loaded<T> loaded(image, scale, shift, relu, 0, 1, channels, group, groups);
+            const Moments moments = depthwise_forward(Depthwise<T>{loaded.input,
+                                                                   window,
+                                                                   static_cast<const T*>(packed.const_data_ptr()),
+                                                                   static_cast<T*>(part_to_fill(z, group, groups)),
+                                                                   channels,
+                                                                   {}},
+                                                      pool);
+            fill_statistics(moments.mean, channels, static_cast<A*>(part_to_fill(mean, group, groups)));
+            fill_statistics(moments.m2, channels, static_cast<A*>(part_to_fill(m2, group, groups)));
+        });
     });
     return {z, mean, m2};
 }
@@ -198,7 +210,7 @@ Tensor bn_act_cat_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
         const bool stream = pixels * pitch * int64_t(sizeof(T)) > kKept;
         if (other && other_scale) {
             const Loaded<T> loaded(beside, other_scale, other_shift, relu, 0, 1, front);
-            activate(loaded.input, pixels, front, to, pitch, stream, parallel_for);
+            activate(loaded.input, pixels, front, to, pitch, stream, false, parallel_for);
         } else if (other) {
             const int64_t channels_of_other = other->size(1);
             pass_on(Passing<T>{static_cast<const T*>(beside.const_data_ptr()), channels_of_other, to, pitch,
@@ -206,7 +218,7 @@ Tensor bn_act_cat_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
                     pixels, front, parallel_for);
         }
         const Loaded<T> loaded(image, scale, shift, relu, 0, 1, channels);
-        activate(loaded.input, pixels, channels, to + front, pitch, stream, parallel_for);
+        activate(loaded.input, pixels, channels, to + front, pitch, stream, false, parallel_for);
     });
     return out;
 }

@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "csrc/bindings/groups.h"
 #include "csrc/bindings/tensors.h"
 #include "kernels/cuda/bn_act_cat.h"
 #include "kernels/cuda/depthwise.h"
@@ -59,9 +60,9 @@ Tensor statistics(const Tensor& value, const char* name, int64_t channels, const
 }
 
 std::optional<Tensor> statistics(const std::optional<Tensor>& value, const char* name, int64_t channels,
-                                 const Tensor& like) {
+                                 const Tensor& like, int64_t rows = 1) {
     if (!value) return std::nullopt;
-    return statistics(*value, name, channels, like);
+    return statistics(*value, name, channels, like, rows);
 }
 
 const void* data(const std::optional<Tensor>& value) {
@@ -93,7 +94,7 @@ struct DepthwiseArguments {
 
     DepthwiseArguments(const Tensor& image, const Tensor& weights, const std::optional<Tensor>& scales,
                        const std::optional<Tensor>& shifts, bool relu, int64_t stride, int64_t channels,
-                       const std::optional<Tensor>& width)
+                       const std::optional<Tensor>& width, int64_t groups = 1)
         : x(image), weight(torch::stable::contiguous(weights)) {
         const int64_t kernel = weight.size(2);
         STD_TORCH_CHECK(weight.scalar_type() == image.scalar_type(), "weight must have the dtype of x");
@@ -103,10 +104,10 @@ struct DepthwiseArguments {
                         "channels must be from 1 ", "to the channels that x (", x.size(1), ") and weight (",
                         weight.size(0), ") have, got ", channels);
         STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
-        scale = statistics(scales, "scale", channels, image);
-        shift = statistics(shifts, "shift", channels, image);
+        scale = statistics(scales, "scale", channels, image, groups);
+        shift = statistics(shifts, "shift", channels, image, groups);
         layer = {dtype_of(image, "x"),
-                 x.size(0),
+                 group_samples(image, groups),
                  x.size(2),
                  x.size(3),
                  channels,
@@ -118,21 +119,24 @@ struct DepthwiseArguments {
                  weight.const_data_ptr(),
                  data(scale),
                  data(shift),
-                 relu};
+                 relu,
+                 groups};
     }
 };
 
 std::tuple<Tensor, Tensor, Tensor> dw_bnstats_cuda(const Tensor& x, const Tensor& weight,
                                                    const std::optional<Tensor>& scale,
                                                    const std::optional<Tensor>& shift, bool relu, int64_t stride,
-                                                   int64_t channels, const std::optional<Tensor>& width) {
+                                                   int64_t channels, const std::optional<Tensor>& width,
+                                                   int64_t groups) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     check_image(x, "x", x);
     STD_TORCH_CHECK(weight.dim() == 4, "weight must have 4 dimensions, got ", weight.dim());
-    const DepthwiseArguments given(x, weight, scale, shift, relu, stride, channels, width);
+    const DepthwiseArguments given(x, weight, scale, shift, relu, stride, channels, width, groups);
     const auto& layer = given.layer;
-    const Tensor z = empty_channels_last(x, layer.samples, channels, layer.out_height(), layer.out_width());
-    const Tensor mean = new_statistics(x, channels), m2 = new_statistics(x, channels);
+    const Tensor z = empty_channels_last(x, x.size(0), channels, layer.out_height(), layer.out_width());
+    const ScalarType type = statistics_type(layer.dtype);
+    const Tensor mean = grouped_vector(x, type, channels, groups), m2 = grouped_vector(x, type, channels, groups);
     const Tensor workspace = new_workspace(x, spos::cuda::depthwise_workspace_bytes(layer));
     const char* error = spos::cuda::depthwise(layer, z.mutable_data_ptr(), workspace.mutable_data_ptr(),
                                               mean.mutable_data_ptr(), m2.mutable_data_ptr(), current_stream(x));

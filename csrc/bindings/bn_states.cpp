@@ -1,5 +1,8 @@
 // bn_merge and bn_finalize: lists of tensors as one list of layers for the kernels.
 #include "csrc/cpu/bn_states.h"
+#ifdef SPOS_FAST_WITH_CUDA
+#include "kernels/cuda/bn_states.h"
+#endif
 
 #include <optional>
 #include <string>
@@ -22,8 +25,9 @@ class Given {
         packed_.reserve(tensors.size());
         for (size_t i = 0; i < tensors.size(); ++i) {
             STD_TORCH_CHECK(tensors[i].scalar_type() == type, name, "[", i, "] is of another dtype than it must be");
-            STD_TORCH_CHECK(tensors[i].get_device_index() == like[i].get_device_index(), name, "[", i,
-                            "] must be on the device of the statistics");
+            // One device for all: one launch takes them all.
+            STD_TORCH_CHECK(tensors[i].get_device_index() == like[0].get_device_index(), name, "[", i,
+                            "] must be on the device of the other statistics");
             packed_.push_back(tensors[i].is_contiguous() ? tensors[i] : torch::stable::contiguous(tensors[i]));
         }
     }
@@ -71,9 +75,11 @@ ScalarType float_type(bool wide) {
     return wide ? ScalarType::Double : ScalarType::Float;
 }
 
-Pair bn_merge_cpu(const Tensors& mean, const Tensors& var, const std::vector<int64_t>& count, const Tensors& batch_mean,
-                  const Tensors& batch_m2, const std::vector<int64_t>& batch_count, const std::string& mode,
-                  int64_t batches, double momentum, bool biased) {
+// Checks the arguments of bn_merge, makes its outputs and calls run(layers, whether the batch's statistics are double).
+template <typename Run>
+Pair with_merges(const Tensors& mean, const Tensors& var, const std::vector<int64_t>& count, const Tensors& batch_mean,
+                 const Tensors& batch_m2, const std::vector<int64_t>& batch_count, const std::string& mode,
+                 int64_t batches, double momentum, bool biased, Run run) {
     const bool wide = is_wide(batch_mean), pooled = mode == "pooled", first = batches == 0;
     const size_t size = batch_mean.size();
     STD_TORCH_CHECK(pooled || mode == "cumulative" || mode == "ema", "mode must be cumulative, pooled or ema, got ",
@@ -107,12 +113,14 @@ Pair bn_merge_cpu(const Tensors& mean, const Tensors& var, const std::vector<int
             layer.average(mode == "ema" ? momentum : 1 / static_cast<double>(batches + 1), batch_count[i]);
         if (biased) layer.share *= static_cast<double>(batch_count[i]);
     }
-    spos::cpu::bn_merge(layers, wide, parallel_for);
+    run(layers, wide);
     return made;
 }
 
-Pair bn_finalize_cpu(const Tensors& mean, const Tensors& var, const Tensors& gamma, const Tensors& beta, double epsilon,
-                     const std::vector<int64_t>& count, ScalarType type) {
+// Likewise for bn_finalize; run(layers, whether scales and shifts are double).
+template <typename Run>
+Pair with_finalizes(const Tensors& mean, const Tensors& var, const Tensors& gamma, const Tensors& beta,
+                    const std::vector<int64_t>& count, ScalarType type, Run run) {
     STD_TORCH_CHECK(!mean.empty(), "there must be at least one layer");
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "dtype must be float32 or float64");
     const size_t size = mean.size();
@@ -140,9 +148,47 @@ Pair bn_finalize_cpu(const Tensors& mean, const Tensors& var, const Tensors& gam
         layer.divisor = 1;
         if (!count.empty()) layer.from_second_moment(count[i]);
     }
-    spos::cpu::bn_finalize(layers, type == ScalarType::Double, epsilon, parallel_for);
+    run(layers, type == ScalarType::Double);
     return made;
 }
+
+Pair bn_merge_cpu(const Tensors& mean, const Tensors& var, const std::vector<int64_t>& count, const Tensors& batch_mean,
+                  const Tensors& batch_m2, const std::vector<int64_t>& batch_count, const std::string& mode,
+                  int64_t batches, double momentum, bool biased) {
+    return with_merges(mean, var, count, batch_mean, batch_m2, batch_count, mode, batches, momentum, biased,
+                       [](const auto& layers, bool wide) { spos::cpu::bn_merge(layers, wide, parallel_for); });
+}
+
+Pair bn_finalize_cpu(const Tensors& mean, const Tensors& var, const Tensors& gamma, const Tensors& beta, double epsilon,
+                     const std::vector<int64_t>& count, ScalarType type) {
+    return with_finalizes(mean, var, gamma, beta, count, type, [=](const auto& layers, bool wide) {
+        spos::cpu::bn_finalize(layers, wide, epsilon, parallel_for);
+    });
+}
+
+#ifdef SPOS_FAST_WITH_CUDA
+Pair bn_merge_cuda(const Tensors& mean, const Tensors& var, const std::vector<int64_t>& count,
+                   const Tensors& batch_mean, const Tensors& batch_m2, const std::vector<int64_t>& batch_count,
+                   const std::string& mode, int64_t batches, double momentum, bool biased) {
+    STD_TORCH_CHECK(!batch_mean.empty(), "there must be at least one layer");
+    const torch::stable::accelerator::DeviceGuard guard(batch_mean[0].get_device_index());
+    return with_merges(mean, var, count, batch_mean, batch_m2, batch_count, mode, batches, momentum, biased,
+                       [&](const auto& layers, bool wide) {
+                           const char* error = spos::cuda::bn_merge(layers, wide, current_stream(batch_mean[0]));
+                           STD_TORCH_CHECK(error == nullptr, "bn_merge on CUDA: ", error);
+                       });
+}
+
+Pair bn_finalize_cuda(const Tensors& mean, const Tensors& var, const Tensors& gamma, const Tensors& beta,
+                      double epsilon, const std::vector<int64_t>& count, ScalarType type) {
+    STD_TORCH_CHECK(!mean.empty(), "there must be at least one layer");
+    const torch::stable::accelerator::DeviceGuard guard(mean[0].get_device_index());
+    return with_finalizes(mean, var, gamma, beta, count, type, [&](const auto& layers, bool wide) {
+        const char* error = spos::cuda::bn_finalize(layers, wide, epsilon, current_stream(mean[0]));
+        STD_TORCH_CHECK(error == nullptr, "bn_finalize on CUDA: ", error);
+    });
+}
+#endif
 
 }  // namespace
 
@@ -150,6 +196,10 @@ Kernels bn_states_kernels() {
     return {
         {"bn_merge", "CPU", TORCH_BOX(&bn_merge_cpu)},
         {"bn_finalize", "CPU", TORCH_BOX(&bn_finalize_cpu)},
+#ifdef SPOS_FAST_WITH_CUDA
+        {"bn_merge", "CUDA", TORCH_BOX(&bn_merge_cuda)},
+        {"bn_finalize", "CUDA", TORCH_BOX(&bn_finalize_cuda)},
+#endif
     };
 }
 

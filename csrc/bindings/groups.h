@@ -1,4 +1,4 @@
-// Tensors on the CPU that hold several groups: what every group has of its own lies one behind the other.
+// Tensors that hold several groups: what every group has of its own lies one behind the other.
 #pragma once
 
 #include "csrc/bindings/tensors.h"
@@ -34,7 +34,7 @@ inline void* part_to_fill(const Tensor& values, int64_t group, int64_t groups) {
     return static_cast<char*>(values.mutable_data_ptr()) + group * bytes;
 }
 
-// Calls run(group, pool) for every group of images x.
+// Calls run(group, pool) for every group of images x, on the CPU.
 inline void for_each_group(const Tensor& x, int64_t groups,
                            const std::function<void(int64_t, const spos::cpu::ParallelFor&)>& run) {
     const int64_t bytes = x.numel() / groups * item_size(dtype_of(x, "x"));

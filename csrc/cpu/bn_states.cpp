@@ -6,13 +6,22 @@ namespace spos::cpu {
 namespace {
 
 template <typename B>
-void merge(const BnMerge& layer) {
-    const B *batch_mean = static_cast<const B*>(layer.batch_mean), *batch_m2 = static_cast<const B*>(layer.batch_m2);
+void merge(BnMerge layer) {  // by value: no store can change it, and the loops become vector code
+    const B* __restrict batch_mean = static_cast<const B*>(layer.batch_mean);
+    const B* __restrict batch_m2 = static_cast<const B*>(layer.batch_m2);
+    const double* __restrict mean = layer.mean, * __restrict var = layer.var;
+    double* __restrict mean_out = layer.mean_out, * __restrict var_out = layer.var_out;
+    if (mean == nullptr) {
+        for (int64_t i = 0; i < layer.size; ++i) {
+            mean_out[i] = layer.weight * batch_mean[i];
+            var_out[i] = layer.keep_var + layer.share * batch_m2[i];
+        }
+        return;
+    }
     for (int64_t i = 0; i < layer.size; ++i) {
-        const double mean = layer.mean ? layer.mean[i] : 0, var = layer.var ? layer.var[i] : 1;
-        const double centre = batch_mean[i], delta = centre - mean;
-        layer.mean_out[i] = layer.keep_mean * mean + layer.weight * centre;
-        layer.var_out[i] = layer.keep_var * var + layer.share * batch_m2[i] + layer.cross * (delta * delta);
+        const double centre = batch_mean[i], delta = centre - mean[i];
+        mean_out[i] = layer.keep_mean * mean[i] + layer.weight * centre;
+        var_out[i] = layer.keep_var * var[i] + layer.share * batch_m2[i] + layer.cross * (delta * delta);
     }
 }
 

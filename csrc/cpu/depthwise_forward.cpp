@@ -1,4 +1,7 @@
+#include <type_traits>
+
 #include "csrc/cpu/depthwise_rows.h"
+#include "csrc/cpu/deviations.h"
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/unit_passes.h"
 
@@ -29,9 +32,16 @@ class DepthwiseForward {
         }
         parallel_for(tasks_.count, [&](int64_t begin, int64_t end) {
             RowWindow<A> window(w_.height, w_.width, w_.kernel, tasks_.chunk / kPack);
-            const auto results = scratch<A>(rows_at_once_ * out_width_ * tasks_.chunk);
-            for (int64_t index = begin; index < end; ++index)
-                band(tasks_[index], tasks_[std::min(index + 1, end - 1)], window, results.get(), statistics);
+            const auto results = scratch<A>(out_width_ * kPack);
+            Deviations<A> deviations(tasks_.chunk / kPack);
+            each_task(begin, end, l_.backwards, [&](int64_t index, int64_t next) {
+                const Task task = tasks_[index];
+                deviations.start();
+                band(task, tasks_[next], window, results.get(), deviations);
+                deviations.moments(statistics.counts[task.place], task.width,
+                                   statistics.mean(task.place) + task.channel,
+                                   statistics.m2(task.place) + task.channel);
+            });
         });
         return statistics.merged();
     }
@@ -42,35 +52,40 @@ class DepthwiseForward {
         return (task.sample * w_.out_height() + row) * out_width_;
     }
 
-    void band(const Task& task, const Task& next, RowWindow<A>& window, A* results, Statistics& statistics) const {
-        const int64_t packs = divide_up(task.width, kPack), pitch = packs * kPack, halo = w_.kernel / 2;
+    void band(const Task& task, const Task& next, RowWindow<A>& window, A* results, Deviations<A>& deviations) const {
+        const int64_t packs = divide_up(task.width, kPack), halo = w_.kernel / 2;
         const int64_t limit = std::min(w_.height, (task.end - 1) * w_.stride + halo + 1);
-        int64_t done = 0, seen = std::max<int64_t>(0, task.top * w_.stride - halo);
+        int64_t seen = std::max<int64_t>(0, task.top * w_.stride - halo);
         window.start();
-        for (int64_t top = task.top; top < task.end; top += rows_at_once_) {
-            const int64_t rows = std::min(rows_at_once_, task.end - top);
-            for (int64_t y = top; y < top + rows; ++y) {
-                const int64_t centre = y * w_.stride, reach = std::min(w_.height, centre + halo + 1);
-                for (; seen < reach; ++seen) prefetch(task, next, seen + kRowsAhead, limit);
-                prefetch_rows<true>(l_.z + out_pixel(task, y) * l_.z_pitch + task.channel, l_.z_pitch * sizeof(T),
-                                    out_width_, task.width * sizeof(T));
-                if (l_.passing.x) l_.passing.copy(pixel(task, y), w_.width, task.channel, task.width);
-                window.cover(centre - halo, centre - halo + w_.kernel, packs, [&](int64_t row, int64_t pack, A* to) {
-                    const int64_t c = pack * kPack;
-                    l_.input.load(pixel(task, row), 1, w_.width, task.channel + c, std::min(kPack, task.width - c), to,
-                                  kPack);
-                });
-                for (int64_t pack = 0; pack < packs; ++pack)
-                    depthwise_row(window.rows(pack), window.first(), window.count(),
-                                  weights_.data() + (task.channel / kPack + pack) * w_.kernel * w_.kernel * kPack,
-                                  w_.kernel, out_width_, results + (y - top) * out_width_ * pitch + pack * kPack, pitch,
-                                  w_.stride);
-            }
-            store_with_moments(results, pitch, rows * out_width_, task.width,
-                               l_.z + out_pixel(task, top) * l_.z_pitch + task.channel, l_.z_pitch, done,
-                               statistics.mean(task.place) + task.channel, statistics.m2(task.place) + task.channel);
-            done += rows * out_width_;
+        for (int64_t y = task.top; y < task.end; ++y) {
+            const int64_t centre = y * w_.stride, reach = std::min(w_.height, centre + halo + 1);
+            for (; seen < reach; ++seen) prefetch(task, next, seen + kRowsAhead, limit);
+            prefetch_rows<true>(l_.z + out_pixel(task, y) * l_.z_pitch + task.channel, l_.z_pitch * sizeof(T),
+                                out_width_, task.width * sizeof(T));
+            window.cover(centre - halo, centre - halo + w_.kernel, packs, [&](int64_t row, int64_t pack, A* to) {
+                const int64_t c = pack * kPack;
+                // A row of x is read once, by the copy: what is taken out of it next is in the cache.
+                if (pack == 0 && l_.passing.x && row >= task.top && row < task.end)
+                    l_.passing.copy(pixel(task, row), w_.width, task.channel, task.width);
+                l_.input.load(pixel(task, row), 1, w_.width, task.channel + c, std::min(kPack, task.width - c), to,
+                              kPack);
+            });
+            for (int64_t pack = 0; pack < packs; ++pack) output(task, y, pack, window, results, deviations.of(pack));
+            if ((y - task.top + 1) % rows_at_once_ == 0 || y + 1 == task.end) deviations.settle();
         }
+    }
+
+    void output(const Task& task, int64_t y, int64_t pack, RowWindow<A>& window, A* results, A* deviations) const {
+        const int64_t channel = task.channel + pack * kPack, used = std::min(kPack, w_.channels - channel);
+        T* z = l_.z + out_pixel(task, y) * l_.z_pitch + channel;
+        PixelPacks<A> out{results, kPack, deviations, y == task.top};
+        if constexpr (std::is_same_v<T, A>)
+            if (used == kPack) out.to = z, out.pitch = l_.z_pitch;
+        depthwise_row(window.rows(pack), window.first(), window.count(),
+                      weights_.data() + channel / kPack * w_.kernel * w_.kernel * kPack, w_.kernel, out_width_, out,
+                      w_.stride);
+        if (out.to == results)
+            store_rows(static_cast<const A*>(results), kPack, out_width_, used, z, l_.z_pitch, false);
     }
 
     // Asks for an input row of the task or, behind its last one, of the next task.

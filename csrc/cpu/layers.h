@@ -68,6 +68,7 @@ struct Pointwise {
     T* z;
     int64_t z_pitch;
     Passing<T> passing;
+    bool backwards;  // from the last pixel to the first, as here and below: what the pass before wrote last is cached
 };
 template <typename T>
 Moments pointwise_forward(const Pointwise<T>& layer, const ParallelFor& parallel_for);
@@ -91,6 +92,7 @@ struct Depthwise {
     T* z;
     int64_t z_pitch;
     Passing<T> passing;
+    bool backwards;
 };
 template <typename T>
 Moments depthwise_forward(const Depthwise<T>& layer, const ParallelFor& parallel_for);
@@ -189,7 +191,7 @@ GradientSums depthwise_backward(const DepthwiseBackward<T>& layer, const Paralle
 // out[p][first + c] = act(scale * z + shift) for the last layer of a chain.
 template <typename T>
 void activate(const Input<T>& z, int64_t pixels, int64_t channels, T* out, int64_t out_pitch, bool stream,
-              const ParallelFor& parallel_for);
+              bool backwards, const ParallelFor& parallel_for);
 
 // Sums over pixels of the gradient behind a BN layer and its ReLU, and of it times (z - mean).
 template <typename T>

@@ -1,12 +1,14 @@
 #include "csrc/cpu/matrix.h"
 
+#include "csrc/cpu/deviations.h"
+
 namespace spos::cpu {
 namespace {
 
 // R rows by N packs. Rows are reached from every third row's pointer: one pointer a row would not fit in the general
 // registers, and base + step and base + 2 step cost nothing.
 template <int R, int N, typename A>
-SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c, const char* ahead) {
+SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c, const char* ahead, bool fresh) {
     using Pack = decltype(load_pack(a));
     constexpr int kGroups = (R + 2) / 3;
     const A* base[kGroups];
@@ -34,6 +36,9 @@ SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c
 #pragma GCC unroll 8
         for (int g = 0; g < kGroups; ++g) base[g] += p.depth_step;
     }
+    if (p.deviations)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) add_deviations<R, N>(&sum[0][j], p.deviations + j * kDeviations, fresh);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -44,7 +49,7 @@ template <int R, int N, typename A>
 SPOS_SIMD_INLINE int64_t tiles(const Product<A>& p, int64_t i) {
     const char* ahead = p.ahead ? p.ahead : reinterpret_cast<const char*>(p.b);
     for (; i + R <= p.rows; i += R, ahead += p.depth * p.ahead_step)
-        tile<R, N>(p, p.a + i * p.row_step, p.start + i * p.start_pitch, p.c + i * p.c_pitch, ahead);
+        tile<R, N>(p, p.a + i * p.row_step, p.start + i * p.start_pitch, p.c + i * p.c_pitch, ahead, p.fresh && i == 0);
     return i;
 }
 
@@ -85,6 +90,7 @@ void multiply(const Product<double>& product) {
     for (int64_t j = 0; j < product.packs; ++j) {
         Product<double> column = product;
         column.b += j * kPack, column.start += j * kPack, column.c += j * kPack;
+        if (column.deviations) column.deviations += j * kDeviations;
         multiply_double(column);
     }
 }

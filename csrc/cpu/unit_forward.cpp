@@ -46,19 +46,20 @@ class Forward {
             T* z = saved_ ? saved_ : inner(in_place, pixels * pitch, input.start);
             const int64_t z_pitch = saved_ ? layer.laid_out : pitch;
             if (saved_) saved_ += pixels * layer.laid_out;
+            const bool backwards = i % 2 == 1;
             const Moments moments =
-                layer.depthwise
-                    ? depthwise_forward(Depthwise<T>{input, window, weight, z, z_pitch, passing}, parallel_for_)
-                    : pointwise_forward(
-                          Pointwise<T>{input, pixels, layer.in, layer.out, weight, layer.row, z, z_pitch, passing},
-                          parallel_for_);
+                layer.depthwise ? depthwise_forward(Depthwise<T>{input, window, weight, z, z_pitch, passing, backwards},
+                                                    parallel_for_)
+                                : pointwise_forward(Pointwise<T>{input, pixels, layer.in, layer.out, weight, layer.row,
+                                                                 z, z_pitch, passing, backwards},
+                                                    parallel_for_);
             norms.push_back(normalisation(layer, moments, pixels));
             input = {z, z_pitch, 1, norms.back().scale.data(), norms.back().shift.data(), !layer.depthwise};
             passing = {};
             height = window.out_height(), width = window.out_width();
         }
         activate(input, u_.samples * height * width, layers.back().out, out_ + first, out_pitch_, stream_,
-                 parallel_for_);
+                 layers.size() % 2 == 1, parallel_for_);
     }
 
     // Memory for a layer's output that nobody will need: where its input lies, or else in one of two buffers.

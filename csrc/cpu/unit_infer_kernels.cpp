@@ -24,7 +24,8 @@ SPOS_SIMD_INLINE void depthwise_tile(const DepthwiseRows<A>& r, int64_t slot, in
         for (int kx = 0; kx < kKernel; ++kx) tap[kx] = load_vector<V>(taps + kx * kPack);
 #pragma GCC unroll 64
         for (int i = 0; i < (kWidth - 1) * kStride + kKernel; ++i) {
-            const V value = load_vector<V>(row + i * kPack);
+            V value = load_vector<V>(row + i * kPack);
+            if constexpr (kKernel == 3) keep_in_register(value);
 #pragma GCC unroll 8
             for (int kx = 0; kx < kKernel; ++kx)
                 if (i >= kx && (i - kx) % kStride == 0 && (i - kx) / kStride < kWidth)

@@ -23,4 +23,31 @@ SPOS_SIMD_INLINE V load_vector(const A* from) {
     return vector;
 }
 
+// For a value that is used several times. GCC would load it again for each of them.
+template <typename V>
+SPOS_SIMD_INLINE void keep_in_register(V& vector) {
+#ifdef SPOS_SIMD_CHOICE
+    if constexpr (sizeof(V) == 64) asm("" : "+v"(vector));
+#else
+    (void)vector;
+#endif
+}
+
+// max(0, value); a NaN stays one. GCC makes a comparison and a masked move of what is written out below.
+template <typename V>
+SPOS_SIMD_INLINE V relu(const V& value) {
+    const V zero = {};
+#ifdef SPOS_SIMD_CHOICE
+    if constexpr (sizeof(V) == 64) {
+        V result;
+        if constexpr (sizeof(value[0]) == 4)
+            asm("vmaxps %1, %2, %0" : "=v"(result) : "v"(value), "v"(zero));
+        else
+            asm("vmaxpd %1, %2, %0" : "=v"(result) : "v"(value), "v"(zero));
+        return result;
+    }
+#endif
+    return value < zero ? zero : value;
+}
+
 }  // namespace spos::cpu

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "csrc/cpu/deviations.h"
 #include "csrc/cpu/simd.h"
 
 namespace spos::cpu {
@@ -56,50 +57,6 @@ SPOS_SIMD_INLINE void copy_rows(const T* from, int64_t pitch, int64_t step, int6
     }
 }
 
-template <typename T, typename A>
-SPOS_SIMD_INLINE void moments_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,
-                                   int64_t to_pitch, int64_t done, double* mean, double* m2) {
-    using Pack = decltype(load_pack(from));
-    constexpr int kChains = 4;  // independent sums keep the adders busy
-    const double n = static_cast<double>(pixels), inverse = 1.0 / n;
-    const double weight = n / (static_cast<double>(done) + n), cross = static_cast<double>(done) * weight;
-    for (int64_t c = 0; c < channels; c += kPack) {
-        const A* column = from + c;
-        Pack sum[kChains] = {};
-        int64_t p = 0;
-        for (; p + kChains <= pixels; p += kChains)
-            for (int i = 0; i < kChains; ++i) sum[i] += load_pack(column + (p + i) * pitch);
-        for (; p < pixels; ++p) sum[0] += load_pack(column + p * pitch);
-        const Pack centre = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<A>(n);
-
-        Pack residual[kChains] = {}, square[kChains] = {};
-        const int64_t width = std::min(kPack, channels - c);
-        auto take = [&](int64_t at, int i) __attribute__((always_inline)) {
-            const Pack value = load_pack(column + at * pitch), d = value - centre;
-            residual[i] += d;
-            square[i] += d * d;
-            if (width == kPack)
-                store_pack(to + at * to_pitch + c, value);
-            else
-                store_partial(to + at * to_pitch + c, value, width);
-        };
-        for (p = 0; p + kChains <= pixels; p += kChains)
-            for (int i = 0; i < kChains; ++i) take(p + i, i);
-        for (; p < pixels; ++p) take(p, 0);
-        const Pack r = (residual[0] + residual[1]) + (residual[2] + residual[3]);
-        const Pack q = (square[0] + square[1]) + (square[2] + square[3]);
-        A centres[kPack], residuals[kPack], squares[kPack];
-        store_pack(centres, centre), store_pack(residuals, r), store_pack(squares, q);
-        for (int64_t j = 0; j < width; ++j) {
-            // The moments about a rounded mean, made exact; below zero by rounding only, and a NaN stays a NaN.
-            const double own = squares[j] - double(residuals[j]) * residuals[j] * inverse;
-            const double delta = centres[j] + residuals[j] * inverse - mean[c + j];
-            mean[c + j] += delta * weight;
-            m2[c + j] += (own < 0 ? 0 : own) + delta * delta * cross;
-        }
-    }
-}
-
 template <bool kRelu, typename T, typename U, typename A>
 SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale,
                                   const A* shift, U* to, int64_t to_pitch) {
@@ -129,10 +86,16 @@ SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, 
     }
 }
 
+template <typename Pack, typename A>
+SPOS_SIMD_INLINE void store_pixel(const Pack& value, const PixelPacks<A>& out) {
+    if (out.deviations) add_deviations<1>(&value, out.deviations, out.fresh);
+    store_pack(out.to, value);
+}
+
 // kWidth neighbouring pixels; those from `used` on are computed and dropped.
 template <int kKernel, int kStride, int kWidth, typename A>
 SPOS_SIMD_INLINE void depthwise_tile(const A* const* rows, int64_t offset, int64_t count, const A* weights,
-                                     int64_t used, A* to, int64_t pitch) {
+                                     int64_t used, const PixelPacks<A>& out) {
     using Pack = decltype(load_pack(weights));
     Pack sum[kWidth] = {};
     for (int64_t ky = 0; ky < count; ++ky) {
@@ -151,79 +114,96 @@ SPOS_SIMD_INLINE void depthwise_tile(const A* const* rows, int64_t offset, int64
         }
     }
     if (used >= kWidth) {
+        if (out.deviations) add_deviations<kWidth>(sum, out.deviations, out.fresh);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) store_pack(to + i * pitch, sum[i]);
+        for (int i = 0; i < kWidth; ++i) store_pack(out.to + i * out.pitch, sum[i]);
     } else {
         A all[kWidth][kPack];
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) store_pack(all[i], sum[i]);
-        for (int64_t i = 0; i < used; ++i) std::memcpy(to + i * pitch, all[i], sizeof all[i]);
+        for (int64_t i = 0; i < used; ++i) store_pixel(load_pack(all[i]), out.behind(i));
     }
 }
 
+// Rows of 7, 14, 28 and 56 pixels, of 6, 12, 24 and 48 (ImageNet at 224 and 96), and multiples of 4 are cut evenly.
 template <int kKernel, int kStride, bool kWide, typename A>
-SPOS_SIMD_INLINE void depthwise_tiles(const A* const* rows, int64_t count, const A* weights, int64_t width, A* to,
-                                      int64_t pitch) {
+SPOS_SIMD_INLINE void depthwise_tiles(const A* const* rows, int64_t count, const A* weights, int64_t width,
+                                      const PixelPacks<A>& out) {
     int64_t x = 0;
+    auto take = [&](auto tile) __attribute__((always_inline)) {
+        depthwise_tile<kKernel, kStride, tile>(rows, x, count, weights, tile, out.behind(x));
+        x += tile;
+    };
     if constexpr (kWide) {
-        for (; x + 14 <= width; x += 14)
-            depthwise_tile<kKernel, kStride, 14>(rows, x, count, weights, 14, to + x * pitch, pitch);
-        if (x + 7 <= width) {
-            depthwise_tile<kKernel, kStride, 7>(rows, x, count, weights, 7, to + x * pitch, pitch);
-            x += 7;
-        }
+        while (width % 12 == 0 && x < width) take(std::integral_constant<int, 12>());
+        while (x + 14 <= width) take(std::integral_constant<int, 14>());
+        if (x + 7 <= width) take(std::integral_constant<int, 7>());
+        if (x + 6 <= width) take(std::integral_constant<int, 6>());
     }
-    for (; x < width; x += 4)
-        depthwise_tile<kKernel, kStride, 4>(rows, x, count, weights, width - x, to + x * pitch, pitch);
+    for (; x < width; x += 4) depthwise_tile<kKernel, kStride, 4>(rows, x, count, weights, width - x, out.behind(x));
 }
 
 // Any kernel size.
 template <typename A>
 SPOS_SIMD_INLINE void depthwise_any(const A* const* rows, int64_t count, const A* weights, int64_t kernel,
-                                    int64_t width, A* to, int64_t pitch, int64_t stride) {
+                                    int64_t width, const PixelPacks<A>& out, int64_t stride) {
     for (int64_t x = 0; x < width; ++x) {
         decltype(load_pack(weights)) sum = {};
         for (int64_t ky = 0; ky < count; ++ky)
             for (int64_t kx = 0; kx < kernel; ++kx)
                 sum +=
                     load_pack(weights + (ky * kernel + kx) * kPack) * load_pack(rows[ky] + (stride * x + kx) * kPack);
-        store_pack(to + x * pitch, sum);
+        store_pixel(sum, out.behind(x));
     }
 }
 
 template <bool kWide, typename A>
 SPOS_SIMD_INLINE void depthwise(const A* const* rows, int64_t count, const A* weights, int64_t kernel, int64_t width,
-                                A* to, int64_t pitch, int64_t stride) {
+                                const PixelPacks<A>& out, int64_t stride) {
     switch (kernel < 8 ? 8 * stride + kernel : 0) {
         case 8 + 3:
-            return depthwise_tiles<3, 1, kWide>(rows, count, weights, width, to, pitch);
+            return depthwise_tiles<3, 1, kWide>(rows, count, weights, width, out);
         case 8 + 5:
-            return depthwise_tiles<5, 1, kWide>(rows, count, weights, width, to, pitch);
+            return depthwise_tiles<5, 1, kWide>(rows, count, weights, width, out);
         case 8 + 7:
-            return depthwise_tiles<7, 1, kWide>(rows, count, weights, width, to, pitch);
+            return depthwise_tiles<7, 1, kWide>(rows, count, weights, width, out);
         case 16 + 3:
-            return depthwise_tiles<3, 2, kWide>(rows, count, weights, width, to, pitch);
+            return depthwise_tiles<3, 2, kWide>(rows, count, weights, width, out);
         case 16 + 5:
-            return depthwise_tiles<5, 2, kWide>(rows, count, weights, width, to, pitch);
+            return depthwise_tiles<5, 2, kWide>(rows, count, weights, width, out);
         case 16 + 7:
-            return depthwise_tiles<7, 2, kWide>(rows, count, weights, width, to, pitch);
+            return depthwise_tiles<7, 2, kWide>(rows, count, weights, width, out);
         default:
-            return depthwise_any(rows, count, weights, kernel, width, to, pitch, stride);
+            return depthwise_any(rows, count, weights, kernel, width, out, stride);
     }
 }
 
 // Clones cannot be templates: one named function for each pair of types.
 SPOS_SIMD_WIDE void depthwise_wide(const float* const* rows, int64_t count, const float* weights, int64_t kernel,
-                                   int64_t width, float* to, int64_t pitch, int64_t stride) {
-    depthwise<true>(rows, count, weights, kernel, width, to, pitch, stride);
+                                   int64_t width, const PixelPacks<float>& out, int64_t stride) {
+    depthwise<true>(rows, count, weights, kernel, width, out, stride);
 }
 SPOS_SIMD_CLONES void depthwise_narrow(const float* const* rows, int64_t count, const float* weights, int64_t kernel,
-                                       int64_t width, float* to, int64_t pitch, int64_t stride) {
-    depthwise<false>(rows, count, weights, kernel, width, to, pitch, stride);
+                                       int64_t width, const PixelPacks<float>& out, int64_t stride) {
+    depthwise<false>(rows, count, weights, kernel, width, out, stride);
 }
 SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count, const double* weights, int64_t kernel,
-                                       int64_t width, double* to, int64_t pitch, int64_t stride) {
-    depthwise<false>(rows, count, weights, kernel, width, to, pitch, stride);
+                                       int64_t width, const PixelPacks<double>& out, int64_t stride) {
+    depthwise<false>(rows, count, weights, kernel, width, out, stride);
+}
+
+template <typename A>
+SPOS_SIMD_INLINE void settle(A* deviations, double* totals, int64_t packs) {
+    for (int64_t pack = 0; pack < packs; ++pack, totals += 2 * kPack) {
+        A* from = deviations + pack * kDeviations + kPack;
+        for (int64_t j = 0; j < 2 * kPack; ++j) totals[j] += from[j], from[j] = 0;
+    }
+}
+SPOS_SIMD_CLONES void settle_clone(float* deviations, double* totals, int64_t packs) {
+    settle(deviations, totals, packs);
+}
+SPOS_SIMD_CLONES void settle_clone(double* deviations, double* totals, int64_t packs) {
+    settle(deviations, totals, packs);
 }
 
 #define SPOS_STORAGE(T, A)                                                                                         \
@@ -234,10 +214,6 @@ SPOS_SIMD_CLONES void depthwise_narrow(const double* const* rows, int64_t count,
     SPOS_SIMD_CLONES void copy_clone(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, \
                                      A* to, int64_t to_pitch) {                                                    \
         copy_rows(from, pitch, step, pixels, channels, to, to_pitch);                                              \
-    }                                                                                                              \
-    SPOS_SIMD_CLONES void moments_clone(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to,     \
-                                        int64_t to_pitch, int64_t done, double* mean, double* m2) {                \
-        moments_rows(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);                                 \
     }
 #define SPOS_CONVERSION(T, U, A)                                                                                       \
     SPOS_SIMD_CLONES void affine_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, \
@@ -265,6 +241,13 @@ SPOS_CONVERSION(BFloat16, BFloat16, float)
 
 }  // namespace
 
+void settle_deviations(float* deviations, double* totals, int64_t packs) {
+    settle_clone(deviations, totals, packs);
+}
+void settle_deviations(double* deviations, double* totals, int64_t packs) {
+    settle_clone(deviations, totals, packs);
+}
+
 template <typename T>
 void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
                         bool stream) {
@@ -278,12 +261,6 @@ template <typename T, typename A>
 void copy_channels(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
                    int64_t to_pitch) {
     copy_clone(from, pitch, step, pixels, channels, to, to_pitch);
-}
-
-template <typename T, typename A>
-void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
-                        int64_t done, double* mean, double* m2) {
-    moments_clone(from, pitch, pixels, channels, to, to_pitch, done, mean, m2);
 }
 
 template <typename T, typename U, typename A>
@@ -300,17 +277,16 @@ void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t chann
 
 template <typename A>
 void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel, int64_t width,
-                   A* to, int64_t pitch, int64_t stride) {
+                   const PixelPacks<A>& out, int64_t stride) {
     weights += first * kernel * kPack;
     if constexpr (std::is_same_v<A, float>)
-        if (machine_is_wide()) return depthwise_wide(rows, count, weights, kernel, width, to, pitch, stride);
-    depthwise_narrow(rows, count, weights, kernel, width, to, pitch, stride);
+        if (machine_is_wide()) return depthwise_wide(rows, count, weights, kernel, width, out, stride);
+    depthwise_narrow(rows, count, weights, kernel, width, out, stride);
 }
 
-#define SPOS_INSTANTIATE(T, A)                                                                                     \
-    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t);                        \
-    template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool);                      \
-    template void store_with_moments(const A*, int64_t, int64_t, int64_t, T*, int64_t, int64_t, double*, double*); \
+#define SPOS_INSTANTIATE(T, A)                                                                \
+    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t);   \
+    template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool); \
     template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool);
 SPOS_INSTANTIATE(float, float)
 SPOS_INSTANTIATE(double, double)
@@ -325,9 +301,9 @@ template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const flo
                               bool);
 template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, BFloat16*,
                               int64_t, bool);
-template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t,
-                            int64_t);
-template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t,
-                            int64_t);
+template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t,
+                            const PixelPacks<float>&, int64_t);
+template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t,
+                            const PixelPacks<double>&, int64_t);
 
 }  // namespace spos::cpu

@@ -23,12 +23,6 @@ template <typename T>
 void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
                         bool stream);
 
-// `pixels` rows of `channels` results, `pitch` apart in whole packs, are stored to `to`; their moments are merged into
-// mean and m2, which stand for `done` values so far.
-template <typename T, typename A>
-void store_with_moments(const A* from, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
-                        int64_t done, double* mean, double* m2);
-
 // to[p][c] = relu(scale[c] * from[p][c] + shift[c]), ReLU only if `relu`. In place is allowed. What lies between
 // `channels` and the next whole pack of `scale` and `shift` must be readable.
 template <typename T, typename U, typename A>
@@ -40,12 +34,23 @@ template <typename T, typename A>
 void copy_channels(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
                    int64_t to_pitch);
 
+// Where one pack of channels of neighbouring pixels goes, and their moments.
+template <typename A>
+struct PixelPacks {
+    A* to;
+    int64_t pitch;
+    A* deviations = nullptr;  // of the pack (deviations.h), which the values are added to; null: not wanted
+    bool fresh = false;       // these are the first values
+
+    PixelPacks behind(int64_t pixels) const { return {to + pixels * pitch, pitch, deviations, fresh && pixels == 0}; }
+};
+
 // One row of a depthwise convolution on one pack of channels. rows[i] is the input row under kernel row first + i, from
 // the pixel under the left end of the kernel on, kPack values a pixel; `slack` pixels behind its end are readable.
-// weights: [kernel * kernel][kPack]. to: a pack for each of `width` pixels, `pitch` apart. stride: 1 or 2.
+// weights: [kernel * kernel][kPack].
 constexpr int64_t kSlack = 32;
 template <typename A>
 void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* weights, int64_t kernel, int64_t width,
-                   A* to, int64_t pitch, int64_t stride = 1);
+                   const PixelPacks<A>& out, int64_t stride = 1);
 
 }  // namespace spos::cpu

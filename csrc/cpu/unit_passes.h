@@ -78,6 +78,15 @@ void add_places(Values& values, int64_t places, int64_t size) {
     if (!values.empty()) values.resize(size);
 }
 
+// The tasks of one thread, in either direction: body(task, the one after it, or itself at the end).
+template <typename Body>
+void each_task(int64_t begin, int64_t end, bool backwards, Body body) {
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t task = backwards ? begin + end - 1 - i : i;
+        body(task, i + 1 == end ? task : backwards ? task - 1 : task + 1);
+    }
+}
+
 // Moments of each channel from tasks that each saw some of the pixels.
 struct Statistics {
     int64_t places, channels;

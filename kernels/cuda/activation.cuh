@@ -36,7 +36,37 @@ struct Activation {
         }
     }
 
+    // One channel's in all places.
+    __device__ Activation(A scale_of_all, A shift_of_all, bool relu) {
+        floor = relu ? A(0) : -static_cast<A>(INFINITY);
+#pragma unroll
+        for (int v = 0; v < V; ++v) scale[v] = scale_of_all, shift[v] = shift_of_all;
+    }
+
     __device__ A operator()(A value, int v) const { return clip(scale[v] * value + shift[v], floor); }
 };
+
+// Vectors of V values, activated, from one place to another, which may be the same: those from `begin` on that are
+// `step` apart, `kTile` loads at a time. Pitches: elements from one vector to the next.
+template <int kTile, int V, typename A, typename T>
+__device__ inline void walk(const Activation<V, A>& activate, const T* from, int64_t pitch, T* to, int64_t to_pitch,
+                            int begin, int end, int step) {
+    for (int first = begin; first < end; first += step * kTile) {
+        Vector<T, V> tile[kTile];
+#pragma unroll
+        for (int k = 0; k < kTile; ++k) {
+            const int64_t at = first + k * step;
+            if (at < end) tile[k] = *reinterpret_cast<const Vector<T, V>*>(from + at * pitch);
+        }
+#pragma unroll
+        for (int k = 0; k < kTile; ++k) {
+            const int64_t at = first + k * step;
+            if (at >= end) continue;
+#pragma unroll
+            for (int v = 0; v < V; ++v) narrow(activate(widen(tile[k].lane[v]), v), tile[k].lane[v]);
+            *reinterpret_cast<Vector<T, V>*>(to + at * to_pitch) = tile[k];
+        }
+    }
+}
 
 }  // namespace spos::cuda

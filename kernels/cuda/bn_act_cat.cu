@@ -66,22 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) normalise_and_j
     const int64_t pitch = ahead ? g.other_pitch : g.z_pitch;
     const Activation<V, A> activate(ahead ? g.other_scale : g.scale, ahead ? g.other_shift : g.shift, g.relu,
                                     ahead ? channel : channel - g.front, ahead ? g.front : g.channels);
-    for (int first = begin + threadIdx.y; first < end; first += rows * kTile) {
-        Vector<T, V> tile[kTile];
-#pragma unroll
-        for (int k = 0; k < kTile; ++k) {
-            const int64_t pixel = first + k * rows;
-            if (pixel < end) tile[k] = *reinterpret_cast<const Vector<T, V>*>(from + pixel * pitch);
-        }
-#pragma unroll
-        for (int k = 0; k < kTile; ++k) {
-            const int64_t pixel = first + k * rows;
-            if (pixel >= end) continue;
-#pragma unroll
-            for (int v = 0; v < V; ++v) narrow(activate(widen(tile[k].lane[v]), v), tile[k].lane[v]);
-            *reinterpret_cast<Vector<T, V>*>(out + pixel * all) = tile[k];
-        }
-    }
+    walk<kTile>(activate, from, pitch, out, all, begin + static_cast<int>(threadIdx.y), end, rows);
 }
 
 template <typename T>

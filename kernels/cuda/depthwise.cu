@@ -24,13 +24,13 @@ struct ForwardArguments {
     const T *x, *weight;
     const void *scale, *shift;
     const int32_t* present;
-    int pitch, height, width, out_height, out_width, channels, kernel, stride, runs, items, items_per_chunk;
+    int samples, pitch, height, width, out_height, out_width, channels, kernel, stride, runs, items, items_per_chunk;
     bool relu;
     T* z;
     Moments<Accumulator<T>>* partial;
 };
 
-// grid: channels, chunks of items.
+// grid: channels, chunks of a group's items, groups.
 template <typename T, int K, int S>
 __global__ void __launch_bounds__(kDepthwiseThreads, kForwardBlocksPerProcessor<K>) convolve(
     const ForwardArguments<T> g) {
@@ -46,12 +46,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kForwardBlocksPerProcessor<
 
     A seen = 0, pivot[V] = {}, mean[V] = {}, m2[V] = {};  // values so far, and their moments
     if (channel < present) {
-        const Activation<V, A> activate(g.scale, g.shift, g.relu, channel, g.channels);
+        const int own = blockIdx.z * g.channels;
+        const Activation<V, A> activate(g.scale, g.shift, g.relu, own + channel, own + g.channels);
         const int bands = (g.out_height + R - 1) / R;
         const int begin = blockIdx.y * g.items_per_chunk;
         const int end = begin + g.items_per_chunk < g.items ? begin + g.items_per_chunk : g.items;
         for (int item = begin + threadIdx.y; item < end; item += blockDim.y) {
-            const int oy = item % bands * R, run = item / bands % g.runs, n = item / bands / g.runs;
+            const int oy = item % bands * R, run = item / bands % g.runs;
+            const int n = blockIdx.z * g.samples + item / bands / g.runs;
             const int ox = run * P, left = ox * stride - pad;
             // The columns that a run sees: those inside of the image, one bit each.
             constexpr int I = (P - 1) * S + K;
@@ -142,7 +144,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kForwardBlocksPerProcessor<
 #pragma unroll
         for (int v = 0; v < V; ++v)
             if (channel + v < g.channels)
-                g.partial[static_cast<int64_t>(blockIdx.y) * g.channels + channel + v] = own[v];
+                g.partial[(static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * g.channels + channel + v] =
+                    own[v];
     }
 }
 
@@ -162,7 +165,7 @@ const char* run(const Depthwise& layer, void* z, void* workspace, void* mean, vo
     ForwardArguments<T> g;
     g.x = static_cast<const T*>(layer.x), g.weight = static_cast<const T*>(layer.weight);
     g.scale = layer.scale, g.shift = layer.shift, g.present = layer.present;
-    g.pitch = layer.x_pitch;
+    g.samples = layer.samples, g.pitch = layer.x_pitch;
     g.height = layer.height, g.width = layer.width;
     g.out_height = layer.out_height(), g.out_width = layer.out_width();
     g.channels = layer.channels, g.kernel = layer.kernel, g.stride = layer.stride;
@@ -170,9 +173,9 @@ const char* run(const Depthwise& layer, void* z, void* workspace, void* mean, vo
     g.relu = layer.relu;
     g.z = static_cast<T*>(z);
     g.partial = static_cast<Moments<A>*>(workspace);
-    SPOS_LAUNCH((convolve<T, K, S>), dim3(plan.channel_blocks, plan.chunks), plan.block, 0, stream, g);
+    SPOS_LAUNCH((convolve<T, K, S>), dim3(plan.channel_blocks, plan.chunks, layer.groups), plan.block, 0, stream, g);
     if (const char* error = launch_error()) return error;
-    SPOS_LAUNCH((finish_moments<A>), dim3(divide_up(layer.channels, kFinishChannels)),
+    SPOS_LAUNCH((finish_moments<A>), dim3(divide_up(layer.channels, kFinishChannels), layer.groups),
                 dim3(kFinishChannels, kFinishLanes), 0, stream, g.partial, static_cast<int>(plan.chunks), g.channels,
                 g.present, static_cast<A*>(mean), static_cast<A*>(m2));
     return launch_error();
@@ -186,7 +189,7 @@ int64_t depthwise_workspace_bytes(const Depthwise& layer) {
     int64_t chunks = 0;
     for (const auto& [vector, rows, pixels] : {std::tuple{1, 1, 1}, {2, 2, 4}, {2, 2, 7}})
         chunks = std::max(chunks, forward_plan(layer, vector, rows, pixels).chunks);
-    return chunks * layer.channels * moments;
+    return layer.groups * chunks * layer.channels * moments;
 }
 
 const char* depthwise(const Depthwise& layer, void* z, void* workspace, void* mean, void* m2, void* stream) {

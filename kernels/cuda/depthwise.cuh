@@ -37,7 +37,9 @@ inline const char* refuse_depthwise(const Depthwise& layer, int64_t pitch) {
     const int64_t most = int64_t{1} << 30;
     if (layer.kernel % 2 != 1 || layer.stride < 1) return "the kernel must be odd and the stride at least 1";
     if (layer.kernel > 255) return "the kernel must be at most 255";
-    if (layer.samples * layer.height * layer.width >= most || layer.channels >= most / (layer.kernel * layer.kernel))
+    if (layer.groups < 1 || layer.groups > 65535) return "there must be from 1 to 65535 groups";
+    if (layer.groups * layer.samples * layer.height * layer.width >= most ||
+        layer.channels >= most / (layer.kernel * layer.kernel))
         return "x is too large for one launch: its pixels, and its channels times the taps, must be below 2^30";
     if (layer.width * pitch >= most) return "an image is too large for one launch: a row must be below 2^30 elements";
     return nullptr;

@@ -13,7 +13,7 @@ namespace spos::cuda {
 // for the other dtypes.
 struct Depthwise {
     DType dtype;
-    int64_t samples, height, width;  // of the input
+    int64_t samples, height, width;  // of the input, of one group
     int64_t channels;                // that are convolved: the first ones of x and of weight
     int64_t kernel, stride;          // kernel x kernel, odd; padded with kernel / 2 zeros on each side
     const int32_t* present;          // on the device: how many of `channels` are there at all; null: all of them
@@ -21,8 +21,9 @@ struct Depthwise {
     const void* x;
     int64_t x_pitch;
     const void* weight;         // [stored channels, kernel, kernel], packed
-    const void *scale, *shift;  // [channels]; the convolution reads act(scale * x + shift); null: one, zero
+    const void *scale, *shift;  // [groups, channels]; the convolution reads act(scale * x + shift); null: one, zero
     bool relu;                  // act is ReLU
+    int64_t groups = 1;         // runs of `samples` images, one behind the other; forwards only
 
     int64_t out_height() const { return (height - 1) / stride + 1; }
     int64_t out_width() const { return (width - 1) / stride + 1; }
@@ -31,9 +32,9 @@ struct Depthwise {
 // Device memory that depthwise needs beside its outputs.
 int64_t depthwise_workspace_bytes(const Depthwise& layer);
 
-// z: [pixels, channels], packed; columns of absent channels are left as they are. mean, m2: [channels], of z as stored,
-// m2 the sum of (z - mean)^2; zero for absent channels. Runs on `stream` (a cudaStream_t) and does not wait for it.
-// Returns null, or what is wrong.
+// z: [groups * pixels, channels], packed; columns of absent channels are left as they are. mean, m2: [groups,
+// channels], of each group's z as stored, m2 the sum of (z - mean)^2; zero for absent channels. Runs on `stream` (a
+// cudaStream_t) and does not wait for it. Returns null, or what is wrong.
 const char* depthwise(const Depthwise& layer, void* z, void* workspace, void* mean, void* m2, void* stream);
 
 // What the backward pass reads beside the layer. The gradient of z is

@@ -369,6 +369,7 @@ const char* depthwise_backward(const Depthwise& layer, const DepthwiseGradient& 
                                void* stream) {
     const int64_t pitch = std::max({layer.x_pitch, gradient.grad_pitch, gradient.z_pitch});
     if (const char* refused = refuse_depthwise(layer, pitch)) return refused;
+    if (layer.groups != 1) return "gradients are computed group by group";
     return select_depthwise(layer, backward_has_pairs(layer, gradient), [&](auto type, auto kernel, auto stride) {
         return run<decltype(type), decltype(kernel)::value, decltype(stride)::value>(layer, gradient, workspace,
                                                                                      stream);

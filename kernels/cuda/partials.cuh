@@ -107,8 +107,9 @@ __device__ inline double add_lanes(double own, double (&shared)[kFinishLanes][kF
     return sum;
 }
 
-// partial: [chunks, channels]. Chan's rule for many parts at once: the mean of all first, then every part's second
-// moment about it. Absent channels get zeros, whatever their partial results are. grid: channels.
+// partial: [groups, chunks, channels]; mean, m2: [groups, channels]. Chan's rule for many parts at once: the mean of
+// all first, then every part's second moment about it. Absent channels get zeros, whatever their partial results are.
+// grid: channels, groups.
 template <typename A>
 __global__ void __launch_bounds__(kFinishChannels* kFinishLanes) finish_moments(const Moments<A>* partial, int chunks,
                                                                                 int channels, const int32_t* width,
@@ -116,6 +117,8 @@ __global__ void __launch_bounds__(kFinishChannels* kFinishLanes) finish_moments(
     __shared__ double shared[kFinishLanes][kFinishChannels];
     const int channel = blockIdx.x * kFinishChannels + threadIdx.x;
     const bool present = channel < present_channels(width, channels);
+    partial += static_cast<int64_t>(blockIdx.y) * chunks * channels;
+    mean += blockIdx.y * channels, m2 += blockIdx.y * channels;
     double count = 0, sum = 0, square = 0;
     if (present) {
         for (int chunk = threadIdx.y; chunk < chunks; chunk += kFinishLanes) {

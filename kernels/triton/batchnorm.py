@@ -1,8 +1,13 @@
-"""Mean and centred second moment of each channel, in Triton. The same two stages as kernels/cuda/bn_moments.cu."""
+"""Batch norm in Triton: mean and centred second moment of each channel, and normalisation with given statistics.
+
+The moments are taken in the two stages of kernels/cuda/bn_moments.cu.
+"""
 
 import torch
 import triton
 import triton.language as tl
+
+from spos_fast.kernels.matrix import activation, image, matrix, tl_wide
 
 BLOCKS = 1024  # about what fills the largest GPUs; fixed, so that every GPU gives the same bits
 
@@ -107,6 +112,41 @@ def merge_chunks(
     tl.store(m2_out + out, m2.to(m2_out.dtype.element_ty), mask=in_range)
 
 
+@triton.jit(do_not_specialize=["samples", "pixels", "channels"])
+def normalize_kernel(
+    x,
+    scale,
+    shift,
+    out,
+    samples,
+    pixels,
+    channels,
+    sample_stride,
+    channel_stride,
+    pixel_stride,
+    out_sample_stride,
+    out_channel_stride,
+    out_pixel_stride,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Program (block of pixels of a sample, channel block). scale, shift: [groups, channels]; `samples` a group."""
+    blocks = tl.cdiv(pixels, BLOCK_PIXELS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    pixel = tl.program_id(0) % blocks * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    in_range = channel < channels
+    mask = (pixel < pixels)[:, None] & in_range[None, :]
+    rows, columns = pixel[:, None].to(tl.int64), channel[None, :].to(tl.int64)
+    value = tl.load(x + sample * sample_stride + rows * pixel_stride + columns * channel_stride, mask=mask).to(WIDE)
+    group = sample // samples * channels
+    value = activation(value, scale + group, shift + group, channel, in_range, RELU)
+    to = out + sample * out_sample_stride + rows * out_pixel_stride + columns * out_channel_stride
+    tl.store(to, value.to(out.dtype.element_ty), mask=mask)
+
+
 def tile_shape(channels_last: bool, pixels: int, channels: int) -> tuple[int, int]:
     """(BLOCK_PIXELS, BLOCK_CHANNELS): long in the direction in which memory runs, 2048 values at most."""
     if channels_last:
@@ -159,3 +199,41 @@ def bn_moments(x: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Te
         BLOCK_CHANNELS=32,
     )
     return mean, m2
+
+
+def bn_normalize(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, relu: bool, groups: int = 1
+) -> torch.Tensor:
+    """Launch the kernel on x's device; see spos_fast.ops.bn_normalize, which checks the arguments."""
+    batch, channels, height, width = x.shape
+    channels_last = channels > 1 and x.stride(1) == 1
+    if channels_last:
+        # A group's pixels are one run, whatever samples they are of.
+        rows, out = matrix(x), image(x, channels, height, width)
+        runs, pixels = groups, rows.shape[0] // groups
+        strides = pixels * rows.stride(0), 1, rows.stride(0)
+        out_strides = pixels * channels, 1, channels
+    else:
+        if height > 1 and width > 1 and x.stride(2) != width * x.stride(3):
+            x = x.contiguous()
+        rows, out = x, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        runs, pixels = batch, height * width
+        strides = x.stride(0), x.stride(1), x.stride(3) if width > 1 else x.stride(2) if height > 1 else 1
+        out_strides = channels * pixels, pixels, 1
+    block_pixels, block_channels = tile_shape(channels_last, pixels, channels)
+    normalize_kernel[(runs * triton.cdiv(pixels, block_pixels), triton.cdiv(channels, block_channels))](
+        rows,
+        scale.contiguous(),
+        shift.contiguous(),
+        out,
+        runs // groups,
+        pixels,
+        channels,
+        *strides,
+        *out_strides,
+        RELU=relu,
+        WIDE=tl_wide(x),
+        BLOCK_PIXELS=block_pixels,
+        BLOCK_CHANNELS=block_channels,
+    )
+    return out

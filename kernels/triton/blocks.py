@@ -22,12 +22,16 @@ def pw_bnstats(
 
 def dw_bnstats(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, stride: int, channels: int,
-    width: Tensor | None,
+    width: Tensor | None, groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Depthwise convolution of the normalised input: z, [N, channels, ...], and mean and m2 of its channels."""
+    """Depthwise convolution of the normalised input: z, [N, channels, ...], and mean and m2 of its channels.
+
+    With several groups scale, shift, mean and m2 are [groups, channels].
+    """
     shape = depthwise.shape_of(x.shape[2], x.shape[3], stride)
     z = image(x, channels, shape.out_height, shape.out_width)
-    source = Input(matrix(x), scale, shift, relu, channels, width)
+    vectors = [None if vector is None else vector.contiguous() for vector in (scale, shift)]
+    source = Input(matrix(x), *vectors, relu, channels, width, groups=groups)
     found = depthwise.forward(source, shape, weight.contiguous(), stride, matrix(z))
     return z, *merging.merge_moments(found, channels, width)
 

@@ -20,11 +20,14 @@ from spos_fast.kernels.matrix import (
     activation,
     add_moments,
     add_sums,
+    chunk_of_group,
     chunking,
     convolution_gradient,
+    distance_of_groups,
     known,
     multiple,
     present,
+    row_of_group,
     store_moments,
     store_sums,
     tl_wide,
@@ -52,14 +55,14 @@ def shape_of(height: int, width: int, stride: int) -> Shape:
     return Shape(height, width, (height - 1) // stride + 1, (width - 1) // stride + 1)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "group_distance"])
 def forward_kernel(
     x, weight, scale, shift, channels_used, z, partial, out_scale, out_shift,
     pixels, rows, channels, height, width, out_height, out_width, x_distance, z_distance,
-    K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
+    group_distance, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
     MULTIPLE: tl.constexpr, WIDE: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk of output pixels, block of channels); partial and out_... as in pointwise.py."""
+    """Program (chunk of a group's output pixels, block of channels, group); partial and out_... as in pointwise.py."""
     used = present(channels, channels_used)
     if tl.program_id(1) * BLOCK_CHANNELS >= used:
         return
@@ -67,8 +70,8 @@ def forward_kernel(
     x_distance, z_distance = known(x_distance, MULTIPLE), known(z_distance, MULTIPLE)
     c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     stored_c, used_c = c < channels, c < used
-    begin = tl.program_id(0) * rows
-    end = tl.minimum(begin + rows, pixels)
+    begin, end = chunk_of_group(rows, pixels, group_distance)
+    own = row_of_group(group_distance)
 
     count = tl.zeros([BLOCK_CHANNELS], WIDE)
     pivot = tl.zeros([BLOCK_CHANNELS], WIDE)
@@ -76,7 +79,7 @@ def forward_kernel(
     m2 = tl.zeros([BLOCK_CHANNELS], WIDE)
     for start in range(begin, end, BLOCK_PIXELS):
         pixel = start + tl.arange(0, BLOCK_PIXELS)
-        pixel_mask = pixel < pixels
+        pixel_mask = pixel < end
         left = pixel % out_width * STRIDE - K // 2
         top = pixel // out_width % out_height * STRIDE - K // 2
         image = (pixel // out_width // out_height).to(tl.int64) * height
@@ -86,11 +89,11 @@ def forward_kernel(
             inside = pixel_mask & (y >= 0) & (y < height) & (column >= 0) & (column < width)
             place = ((image + y) * width + column)[:, None] * x_distance + c[None, :]
             a = tl.load(x + place, mask=inside[:, None] & stored_c[None, :], other=0.0)
-            a = activation(a.to(WIDE), scale, shift, c, stored_c, RELU)
+            a = activation(a.to(WIDE), scale, shift, own + c, stored_c, RELU)
             a = tl.where(inside[:, None] & used_c[None, :], a, 0.0)
             sum_ += a * tl.load(weight + c * (K * K) + tap, mask=used_c, other=0.0).to(WIDE)[None, :]
         if partial is None:
-            sum_ = activation(sum_, out_scale, out_shift, c, used_c, False)
+            sum_ = activation(sum_, out_scale, out_shift, own + c, used_c, False)
         stored = sum_.to(z.dtype.element_ty)
         mask = pixel_mask[:, None] & stored_c[None, :]
         tl.store(z + pixel.to(tl.int64)[:, None] * z_distance + c[None, :], stored, mask=mask)
@@ -197,10 +200,10 @@ def weight_gradient_kernel(
 
 
 def forward(x: Input, shape: Shape, weight: Tensor, stride: int, z: Tensor) -> merging.Partial:
-    """Fill z, [output pixels, channels]; returns mean and second moment of each chunk."""
-    pixels = z.shape[0]
+    """Fill z, [groups * output pixels, channels]; returns mean and second moment of each chunk."""
+    pixels = z.shape[0] // x.groups
     chunks, rows = chunking(pixels, PIXELS, triton.cdiv(x.channels, CHANNELS))
-    found = merging.moments(x.data, x.channels, chunks, rows, pixels)
+    found = merging.moments(x.data, x.channels, chunks, rows, pixels, x.groups)
     _forward(x, shape, weight, stride, z, found.first, None, None)
     return found
 
@@ -208,7 +211,7 @@ def forward(x: Input, shape: Shape, weight: Tensor, stride: int, z: Tensor) -> m
 def infer(
     x: Input, shape: Shape, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor, out: Tensor
 ) -> None:
-    """Fill out, [output pixels, channels], with the convolution, times scale, plus shift."""
+    """Fill out, [groups * output pixels, channels], with the convolution, times scale, plus shift."""
     _forward(x, shape, weight, stride, out, None, scale, shift)
 
 
@@ -216,12 +219,12 @@ def _forward(
     x: Input, shape: Shape, weight: Tensor, stride: int, z: Tensor, partial: Tensor | None,
     scale: Tensor | None, shift: Tensor | None,
 ) -> None:  # fmt: skip
-    pixels, columns = z.shape[0], triton.cdiv(x.channels, CHANNELS)
+    pixels, columns = z.shape[0] // x.groups, triton.cdiv(x.channels, CHANNELS)
     chunks, rows = chunking(pixels, PIXELS, columns)
     distances = x.data.stride(0), z.stride(0)
-    forward_kernel[(chunks, columns)](
+    forward_kernel[(chunks, columns, x.groups)](
         x.data, weight, x.scale, x.shift, x.width, z, partial, scale, shift,
-        pixels, rows, x.channels, *shape, *distances,
+        pixels, rows, x.channels, *shape, *distances, distance_of_groups(x.groups, x.scale, x.shift, scale, shift),
         K=weight.shape[2], STRIDE=stride, RELU=x.relu, MULTIPLE=_multiple(x, *distances),
         WIDE=tl_wide(x.data), BLOCK_PIXELS=PIXELS, BLOCK_CHANNELS=CHANNELS, **OPTIONS,
     )  # fmt: skip

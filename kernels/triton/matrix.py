@@ -2,6 +2,9 @@
 
 A channels-last image is a matrix of pixels x channels. A kernel's program walks a chunk of its rows, BLOCK_PIXELS rows
 at a time, for one block of columns. How many chunks there are depends on sizes alone, so every GPU gives the same bits.
+
+Passes forwards take several groups at once: runs of equally many rows with statistics, scale and shift of their own.
+The grid's third axis is the group. Chunks are those of a group alone, and so are its bits.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ class Input(NamedTuple):
     """What a convolution reads: channels first, first + step, ... of data, normalised and clipped on load.
 
     Attributes:
-        data: [pixels, ...], rows of unit distance between channels.
-        scale, shift: [channels] in the statistics' dtype, or None: applied in this order.
+        data: [groups * pixels, ...], rows of unit distance between channels.
+        scale, shift: [channels], or [groups, channels], in the statistics' dtype, or None: applied in this order.
         relu: whether ReLU follows.
         channels: how many the sizes provide for.
         width: how many of them are used, int32 [] on the device; None for all.
+        first, step: which channels of data.
+        groups: runs of rows that data holds.
     """
 
     data: Tensor
@@ -35,6 +40,7 @@ class Input(NamedTuple):
     width: Tensor | None
     first: int = 0
     step: int = 1
+    groups: int = 1
 
 
 class Output(NamedTuple):
@@ -105,6 +111,27 @@ def chunking(pixels: int, block: int, columns: int) -> tuple[int, int]:
     tiles = triton.cdiv(pixels, block)
     tiles_per_chunk = triton.cdiv(tiles, max(1, PROGRAMS // columns))
     return triton.cdiv(tiles, tiles_per_chunk), tiles_per_chunk * block
+
+
+def distance_of_groups(groups: int, *vectors: Tensor | None) -> int | None:
+    """Elements from one group's row to the next in vectors [groups, channels], the same in all; None for one group."""
+    if groups == 1:
+        return None
+    return next((vector.stride(0) for vector in vectors if vector is not None), 0)
+
+
+@triton.jit
+def row_of_group(group_distance):
+    """Where vectors [groups, channels] have the row of this program's group."""
+    return 0 if group_distance is None else tl.program_id(2) * group_distance
+
+
+@triton.jit
+def chunk_of_group(rows, pixels, group_distance):
+    """Where this program's chunk begins and ends in its group's ``pixels`` rows."""
+    first = 0 if group_distance is None else tl.program_id(2) * pixels
+    begin = first + tl.program_id(0) * rows
+    return begin, tl.minimum(begin + rows, first + pixels)
 
 
 @triton.jit
@@ -190,8 +217,9 @@ def store_sums(partial, total, product, channels, column, mask):
 
 @triton.jit
 def store_moments(partial, pivot, mean, m2, channels, column, mask):
-    """Moments of each column as this program's rows of partial, [chunks, 3, channels]."""
-    out = partial + tl.program_id(0).to(tl.int64) * 3 * channels + column
+    """Moments of each column as this program's rows of partial, [groups * chunks, 3, channels]."""
+    chunk = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    out = partial + chunk * 3 * channels + column
     tl.store(out, mean, mask=mask)
     tl.store(out + channels, m2, mask=mask)
     tl.store(out + 2 * channels, pivot, mask=mask)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spos_fast.kernels.matrix import present, wide
+from spos_fast.ops.groups import each
 
 CHUNKS, CHANNELS = 32, 16  # of a tile
 
@@ -24,7 +25,8 @@ class Partial(NamedTuple):
         first, second: the rows of each chunk, ``distance`` elements apart, in the statistics' dtype.
         pivot: what first is to be added to; None for nothing.
         chunks: their number; all but the last cover ``rows`` pixels.
-        count: pixels in all.
+        count: pixels in all, of one group.
+        groups: how many there are, one behind the other.
     """
 
     first: Tensor
@@ -34,12 +36,13 @@ class Partial(NamedTuple):
     chunks: int
     rows: int
     count: int
+    groups: int = 1
 
 
-def moments(x: Tensor, channels: int, chunks: int, rows: int, count: int) -> Partial:
-    """Memory for the moments of a pass over x: [chunks, 3, channels]."""
-    found = torch.empty((chunks, 3, channels), dtype=wide(x), device=x.device)
-    return Partial(found, found[:, 1], found[:, 2], 3 * channels, chunks, rows, count)
+def moments(x: Tensor, channels: int, chunks: int, rows: int, count: int, groups: int = 1) -> Partial:
+    """Memory for the moments of a pass over x: [groups * chunks, 3, channels]."""
+    found = torch.empty((groups * chunks, 3, channels), dtype=wide(x), device=x.device)
+    return Partial(found, found[:, 1], found[:, 2], 3 * channels, chunks, rows, count, groups)
 
 
 def sums(x: Tensor, channels: int, chunks: int, rows: int, count: int) -> Partial:
@@ -48,14 +51,14 @@ def sums(x: Tensor, channels: int, chunks: int, rows: int, count: int) -> Partia
     return Partial(found, found[:, 1], None, 2 * channels, chunks, rows, count)
 
 
-def whole(first: Tensor, second: Tensor, count: int) -> Partial:
-    """What another kernel has merged already, [channels], as a single chunk."""
-    return Partial(first, second, None, 0, 1, count, count)
+def whole(first: Tensor, second: Tensor, count: int, groups: int = 1) -> Partial:
+    """What another kernel has merged already, [channels] or [groups, channels], as a single chunk of each group."""
+    return Partial(first, second, None, first.shape[-1], 1, count, count, groups)
 
 
 # Vectors begin wherever the layer in front ends; to know where is worth no compilation in launches as small as these.
 @triton.jit(
-    do_not_specialize=["distance", "chunks", "rows", "count", "channels"],
+    do_not_specialize=["distance", "chunks", "rows", "count", "channels", "group_distance"],
     do_not_specialize_on_alignment=[
         "means",
         "squares",
@@ -70,23 +73,25 @@ def whole(first: Tensor, second: Tensor, count: int) -> Partial:
 )
 def moments_kernel(
     means, squares, pivots, mean_out, second_out, scale_out, shift_out, gamma, beta, width,
-    distance, chunks, rows, count, channels,
+    distance, chunks, rows, count, channels, group_distance,
     EPS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and second moment of each channel, in double; zero for absent channels.
+    """Mean and second moment of each channel, in double; zero for absent channels. Program (channels, group).
 
     With scale_out, the variance in place of the second moment, and the batch norm's scale and shift.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     stored = channel < channels
     used = channel < present(channels, width)
+    group = tl.program_id(1)
+    chunks_in_front = group.to(tl.int64) * chunks
     merged = tl.zeros([CHANNELS], tl.float64)
     mean = tl.zeros([CHANNELS], tl.float64)
     m2 = tl.zeros([CHANNELS], tl.float64)
     for begin in range(0, chunks, CHUNKS):
         chunk = begin + tl.arange(0, CHUNKS)
         mask = (chunk < chunks)[:, None] & used[None, :]
-        place = chunk.to(tl.int64)[:, None] * distance + channel[None, :]
+        place = (chunks_in_front + chunk.to(tl.int64))[:, None] * distance + channel[None, :]
         tile_mean = tl.load(means + place, mask=mask, other=0.0).to(tl.float64)
         if pivots is not None:
             tile_mean += tl.load(pivots + place, mask=mask, other=0.0).to(tl.float64)
@@ -101,12 +106,13 @@ def moments_kernel(
         mean += delta * (n_tile / total)
         m2 += tl.sum(tile_m2 + residual * residual * n, axis=0) + delta * delta * (merged * n_tile / total)
         merged = total
-    tl.store(mean_out + channel, mean, mask=stored)
+    out = group * group_distance + channel
+    tl.store(mean_out + out, mean, mask=stored)
     if scale_out is None:
-        tl.store(second_out + channel, m2, mask=stored)
+        tl.store(second_out + out, m2, mask=stored)
     else:
         var = m2 / count
-        tl.store(second_out + channel, var, mask=stored)
+        tl.store(second_out + out, var, mask=stored)
         scale = tl.where(used, 1.0 / tl.sqrt(var + EPS), 0.0)
         if gamma is not None:
             scale *= tl.load(gamma + channel, mask=used, other=0.0).to(tl.float64)
@@ -115,8 +121,8 @@ def moments_kernel(
         shift = -mean * scale.to(tl.float64)
         if beta is not None:
             shift += tl.load(beta + channel, mask=used, other=0.0).to(tl.float64)
-        tl.store(scale_out + channel, scale, mask=stored)
-        tl.store(shift_out + channel, shift, mask=stored)
+        tl.store(scale_out + out, scale, mask=stored)
+        tl.store(shift_out + out, shift, mask=stored)
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -193,8 +199,8 @@ def weight_kernel(
 
 
 def merge_moments(found: Partial, channels: int, width: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and second moment, [channels]."""
-    mean = torch.empty(channels, dtype=found.first.dtype, device=found.first.device)
+    """Mean and second moment, [channels], of several groups [groups, channels]."""
+    mean = torch.empty(each(found.groups, channels), dtype=found.first.dtype, device=found.first.device)
     m2 = torch.empty_like(mean)
     _moments(found, mean, m2, None, None, None, None, width, 0.0)
     return mean, m2
@@ -204,7 +210,11 @@ def merge_into_norm(
     found: Partial, mean: Tensor, var: Tensor, scale: Tensor, shift: Tensor,
     gamma: Tensor | None, beta: Tensor | None, width: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
-    """Fill mean, var, scale and shift of one layer, all [channels], from what its convolution found."""
+    """Fill mean, var, scale and shift of one layer from what its convolution found.
+
+    They are [channels], of several groups [groups, channels] with the same distance between rows; gamma and beta,
+    [channels], are those of all groups.
+    """
     _moments(found, mean, var, scale, shift, gamma, beta, width, eps)
 
 
@@ -212,10 +222,10 @@ def _moments(
     found: Partial, mean: Tensor, second: Tensor, scale: Tensor | None, shift: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, width: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
-    channels = mean.shape[0]
-    moments_kernel[(triton.cdiv(channels, CHANNELS),)](
+    channels = mean.shape[-1]
+    moments_kernel[(triton.cdiv(channels, CHANNELS), found.groups)](
         found.first, found.second, found.pivot, mean, second, scale, shift, gamma, beta, width,
-        found.distance, found.chunks, found.rows, found.count, channels,
+        found.distance, found.chunks, found.rows, found.count, channels, mean.stride(0) if found.groups > 1 else 0,
         EPS=eps, CHUNKS=CHUNKS, CHANNELS=CHANNELS,
     )  # fmt: skip
 

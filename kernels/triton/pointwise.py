@@ -17,11 +17,14 @@ from spos_fast.kernels.matrix import (
     activation,
     add_moments,
     add_sums,
+    chunk_of_group,
     chunking,
     convolution_gradient,
+    distance_of_groups,
     known,
     multiple,
     present,
+    row_of_group,
     store_moments,
     store_sums,
     tl_wide,
@@ -41,14 +44,14 @@ def only_used(w, j, o, used_in, used_out, width_in, width_out):
     return w
 
 
-@triton.jit(do_not_specialize=[*SIZES, "z_distance"])
+@triton.jit(do_not_specialize=[*SIZES, "z_distance", "group_distance"])
 def forward_kernel(
     x, weight, scale, shift, width_in, width_out, z, partial, out_scale, out_shift,
-    pixels, rows, channels_in, channels_out, first, x_distance, weight_distance, z_distance,
+    pixels, rows, channels_in, channels_out, first, x_distance, weight_distance, z_distance, group_distance,
     STEP: tl.constexpr, RELU: tl.constexpr, OUT_RELU: tl.constexpr, MULTIPLE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk of rows, block of output columns).
+    """Program (chunk of a group's rows, block of output columns, group).
 
     With partial: z as the convolution gives it, and mean and second moment of the chunk's columns. Without: batch norm
     by out_scale and out_shift and ReLU on store.
@@ -65,8 +68,8 @@ def forward_kernel(
     column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     column_mask = column < channels_out
     weight_columns = weight + column[None, :] * weight_distance
-    begin = tl.program_id(0) * rows
-    end = tl.minimum(begin + rows, pixels)
+    begin, end = chunk_of_group(rows, pixels, group_distance)
+    own = row_of_group(group_distance)
 
     count = tl.zeros([BLOCK_OUT], WIDE)
     pivot = tl.zeros([BLOCK_OUT], WIDE)
@@ -74,7 +77,7 @@ def forward_kernel(
     m2 = tl.zeros([BLOCK_OUT], WIDE)
     for start in range(begin, end, BLOCK_PIXELS):
         row = start + tl.arange(0, BLOCK_PIXELS)
-        row_mask = row < pixels
+        row_mask = row < end
         x_rows = x + first + row.to(tl.int64)[:, None] * x_distance
         sum_ = tl.zeros([BLOCK_PIXELS, BLOCK_OUT], WIDE)
         for place in range(0, used_in, BLOCK_IN):
@@ -82,14 +85,14 @@ def forward_kernel(
             # Loads go by the channels that the sizes provide for, whose number the compiler knows a divisor of: they
             # are wide then. They end at most a block behind the used ones.
             a = tl.load(x_rows + j[None, :] * STEP, mask=row_mask[:, None] & (j < channels_in)[None, :], other=0.0)
-            a = activation(a.to(WIDE), scale, shift, j, j < channels_in, RELU)
+            a = activation(a.to(WIDE), scale, shift, own + j, j < channels_in, RELU)
             if width_in is not None:
                 a = tl.where((j < used_in)[None, :], a, 0.0)
             w = tl.load(weight_columns + j[:, None], mask=(j < channels_in)[:, None] & column_mask[None, :], other=0.0)
             w = only_used(w, j[:, None], column[None, :], used_in, used_out, width_in, width_out)
             sum_ = tl.dot(a.to(w.dtype), w, sum_, input_precision="ieee", out_dtype=WIDE)
         if partial is None:
-            sum_ = activation(sum_, out_scale, out_shift, column, column < used_out, OUT_RELU)
+            sum_ = activation(sum_, out_scale, out_shift, own + column, column < used_out, OUT_RELU)
         stored = sum_.to(z.dtype.element_ty)
         mask = row_mask[:, None] & column_mask[None, :]
         tl.store(z + row.to(tl.int64)[:, None] * z_distance + column[None, :], stored, mask=mask)
@@ -238,11 +241,11 @@ def options(x: Tensor) -> dict[str, int]:
 
 
 def forward(x: Input, weight: Tensor, channels: int, width: Tensor | None, z: Tensor) -> merging.Partial:
-    """Fill z, [pixels, channels]; returns mean and second moment of each chunk."""
-    pixels = x.data.shape[0]
+    """Fill z, [groups * pixels, channels]; returns mean and second moment of each chunk."""
+    pixels = x.data.shape[0] // x.groups
     block = blocks(x.data, channels)
     chunks, rows = chunking(pixels, block[0], triton.cdiv(channels, block[1]))
-    found = merging.moments(x.data, channels, chunks, rows, pixels)
+    found = merging.moments(x.data, channels, chunks, rows, pixels, x.groups)
     _forward(x, weight, channels, width, z, found.first, None, None, False)
     return found
 
@@ -250,7 +253,7 @@ def forward(x: Input, weight: Tensor, channels: int, width: Tensor | None, z: Te
 def infer(
     x: Input, weight: Tensor, channels: int, width: Tensor | None, scale: Tensor | None, shift: Tensor, out: Tensor
 ) -> None:
-    """Fill out, [pixels, channels], with the convolution, times scale, plus shift, behind ReLU."""
+    """Fill out, [groups * pixels, channels], with the convolution, times scale, plus shift, behind ReLU."""
     _forward(x, weight, channels, width, out, None, scale, shift, True)
 
 
@@ -258,14 +261,15 @@ def _forward(
     x: Input, weight: Tensor, channels: int, width: Tensor | None, z: Tensor, partial: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, relu: bool,
 ) -> None:  # fmt: skip
-    pixels = x.data.shape[0]
+    pixels = x.data.shape[0] // x.groups
     block = blocks(x.data, channels)
     columns = triton.cdiv(channels, block[1])
     chunks, rows = chunking(pixels, block[0], columns)
     distances = x.data.stride(0), weight.shape[1], z.stride(0)
-    forward_kernel[(chunks, columns)](
+    forward_kernel[(chunks, columns, x.groups)](
         x.data, weight, x.scale, x.shift, x.width, width, z, partial, scale, shift,
         pixels, rows, x.channels, channels, x.first, *distances,
+        distance_of_groups(x.groups, x.scale, x.shift, scale, shift),
         STEP=x.step, RELU=x.relu, OUT_RELU=relu, MULTIPLE=_multiple(x, channels, *distances), WIDE=tl_wide(x.data),
         BLOCK_PIXELS=block[0], BLOCK_IN=block[2], BLOCK_OUT=block[1], **options(x.data),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from spos_fast.errors import InputError
 from spos_fast.kernels import concatenation, depthwise, merging, pointwise
 from spos_fast.kernels.matrix import Input, Output, image, matrix, wide
 from spos_fast.ops.dispatch import OPS
+from spos_fast.ops.groups import joined
 from spos_fast.ops.unit_layers import Layer, Unit, check_vector, make_unit, shuffle_chain, xception_chain
 
 LAST = torch.channels_last
@@ -112,13 +113,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_vector("gamma", gamma, unit)
     check_vector("beta", beta, unit)
-    if unit.groups > 1:
-        images, *vectors = zip(*(_forward(run, width, gamma, beta, eps, save) for run in unit.runs()), strict=True)
-        saved, mean, var = map(torch.stack, vectors)
-        return _last(torch.cat(images)), saved, mean, var
-    mean, var, scale, shift = (unit.x.new_empty(unit.normalised, dtype=wide(unit.x)) for _ in range(4))
+    if unit.groups > 1 and save:  # each group's outputs have to lie together
+        out, saved, mean, var = joined([_forward(run, width, gamma, beta, eps, save) for run in unit.runs()])
+        return out, saved, mean, var
+    mean, var, scale, shift = (unit.x.new_empty(unit.each(unit.normalised), dtype=wide(unit.x)) for _ in range(4))
     means, variances, scales, shifts, gammas, betas = _cut(unit, mean, var, scale, shift, gamma, beta)
-    saved = unit.x.new_empty(unit.saved_size if save else 0)
+    saved = unit.x.new_empty(unit.each(unit.saved_size if save else 0))
     kept = _kept(unit, saved) if save else None
 
     def run(stages: Sequence[Stage], y: Input) -> Input:
@@ -128,10 +128,10 @@ def _forward(
             if stage.layer.depthwise and _native("dw_bnstats", y.data):
                 made, *moments = OPS["dw_bnstats"].overload(
                     _image(y.data, unit, *stage.shape[:2]), stage.weight, y.scale, y.shift, y.relu,
-                    stage.layer.stride, channels, stage.made,
+                    stage.layer.stride, channels, stage.made, unit.groups,
                 )  # fmt: skip
                 z = matrix(made) if kept is None else kept[at].copy_(matrix(made))
-                found = merging.whole(*moments, z.shape[0])
+                found = merging.whole(*moments, z.shape[0] // unit.groups, unit.groups)
             else:
                 z = y.data.new_empty(_pixels(unit, stage), channels) if kept is None else kept[at]
                 if stage.layer.depthwise:
@@ -140,18 +140,18 @@ def _forward(
                     found = pointwise.forward(y, stage.weight, channels, stage.made, z)
             norm = (means[at], variances[at], scales[at], shifts[at], gammas[at], betas[at])
             merging.merge_into_norm(found, *norm, stage.made, eps)
-            y = Input(z, scales[at], shifts[at], not stage.layer.depthwise, channels, stage.made)
+            y = Input(z, scales[at], shifts[at], not stage.layer.depthwise, channels, stage.made, groups=unit.groups)
         return y
 
     main, projection = _stages(unit, width)
     y = run(main, _input(unit))
     out = image(unit.x, *unit.out_shape[1:])
     if projection:
-        beside = run(projection, Input(matrix(unit.x), None, None, False, unit.beside, None))
+        beside = run(projection, _whole_input(unit))
         other = (beside.data, beside.scale, beside.shift)
     else:
         other = (matrix(unit.x), None, None)
-    concatenation.concatenate(y.data, y.scale, y.shift, *other, True, matrix(out))
+    concatenation.concatenate(y.data, y.scale, y.shift, *other, True, matrix(out), unit.groups)
     return out, saved, mean, var
 
 
@@ -190,7 +190,7 @@ def _backward(
     front, back = matrix(grad[:, : unit.beside]), matrix(grad[:, unit.beside :])
     if projection:
         dx = run(main, _input(unit), back)
-        dx += run(projection, Input(matrix(unit.x), None, None, False, unit.beside, None), front)
+        dx += run(projection, _whole_input(unit), front)
     else:
         dx = run(main, _input(unit), back, front)
     absent = [] if projection else [unit.x.new_empty(0), unit.x.new_empty(0)]
@@ -227,10 +227,6 @@ def _gradients(
 def _infer(unit: Unit, width: Tensor | None, scale: Tensor | None, shift: Tensor) -> Tensor:
     check_vector("scale", scale, unit, grouped=True)
     check_vector("shift", shift, unit, grouped=True)
-    if unit.groups > 1:
-        scales_of = [None] * unit.groups if scale is None else scale
-        runs = zip(unit.runs(), scales_of, shift, strict=True)
-        return _last(torch.cat([_infer(run, width, *vectors) for run, *vectors in runs]))
     scales, shifts = _cut(unit, scale, shift)
     out = image(unit.x, *unit.out_shape[1:])
     front, back = matrix(out)[:, : unit.beside], matrix(out)[:, unit.beside :]
@@ -244,12 +240,12 @@ def _infer(unit: Unit, width: Tensor | None, scale: Tensor | None, shift: Tensor
                 depthwise.infer(y, stage.shape, stage.weight, stage.layer.stride, scales[at], shifts[at], z)
             else:
                 pointwise.infer(y, stage.weight, channels, stage.made, scales[at], shifts[at], z)
-            y = Input(z, None, None, False, channels, stage.made)
+            y = Input(z, None, None, False, channels, stage.made, groups=unit.groups)
 
     main, projection = _stages(unit, width)
     run(main, _input(unit), back)
     if projection:
-        run(projection, Input(matrix(unit.x), None, None, False, unit.beside, None), front)
+        run(projection, _whole_input(unit), front)
     else:
         front.copy_(matrix(unit.x)[:, ::2])
     return out
@@ -275,10 +271,16 @@ def _stages(unit: Unit, width: Tensor | None) -> tuple[list[Stage], list[Stage]]
 def _input(unit: Unit) -> Input:
     """What the main chain reads: all of x, or its odd channels (those of a depthwise layer packed)."""
     if unit.projection:
-        return Input(matrix(unit.x), None, None, False, unit.beside, None)
+        return _whole_input(unit)
     if unit.main[0].depthwise:
-        return Input(matrix(_last(unit.x[:, 1::2])), None, None, False, unit.beside, None)
-    return Input(matrix(unit.x), None, None, False, unit.beside, None, 1, 2)
+        odd = matrix(_last(unit.x[:, 1::2]))
+        return Input(odd, None, None, False, unit.beside, None, groups=unit.groups)
+    return Input(matrix(unit.x), None, None, False, unit.beside, None, 1, 2, unit.groups)
+
+
+def _whole_input(unit: Unit) -> Input:
+    """All of x, which a projection reads."""
+    return Input(matrix(unit.x), None, None, False, unit.beside, None, groups=unit.groups)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -303,7 +305,7 @@ def _kept(unit: Unit, saved: Tensor) -> list[Tensor]:
 def _cut(unit: Unit, *vectors: Tensor | None) -> Iterator[Sequence[Any]]:
     """Each vector's parts, one a layer; None for a vector that was not given."""
     for vector in vectors:
-        yield [None] * len(unit.sizes) if vector is None else vector.contiguous().split(unit.sizes)
+        yield [None] * len(unit.sizes) if vector is None else vector.contiguous().split(unit.sizes, -1)
 
 
 def _image(rows: Tensor, unit: Unit, height: int, width: int) -> Tensor:

@@ -67,3 +67,9 @@ def short_number(value: float) -> str:
             digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
             return f"{scaled:.{digits}f}\N{NO-BREAK SPACE}{unit}"
     return f"{value:,.0f}"
+
+
+def milliseconds(value: float) -> str:
+    """A time with three digits: ``1.25 ms``."""
+    digits = 3 if value < 0.9995 else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}\N{NO-BREAK SPACE}ms"

@@ -17,6 +17,7 @@ COST_KEY = (
     ("best of random search", "random", "diamond"),
     ("Pareto front", "ink", "thin"),
 )
+PARETO_KEY = ("Pareto search", "pareto", "dot")
 
 
 def choice_key(data: RunData) -> str:
@@ -48,4 +49,6 @@ def row_style(row: Row, data: RunData) -> tuple[str, str, str]:
         return (row.title, "evolution", "line") if row.label == "evolution" else (row.title, "random", "dashed")
     if row.label in data.baselines:
         return row.title, choice_colour(list(data.baselines).index(row.label)), "thin"
+    if row.label.startswith("pareto_"):
+        return "Pareto front", "pareto", "thin"
     return "random and custom ones", "muted", "dotted"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from spos_fast.analysis.drawing import SMALL, dots, new_figure, percent_ticks, short_number
+from spos_fast.analysis.drawing import SMALL, dots, milliseconds, new_figure, percent_ticks, short_number
 from spos_fast.analysis.keys import row_style
 from spos_fast.analysis.page import DASHES, WIDTHS
 from spos_fast.analysis.run_data import RunData, Scored
@@ -58,45 +58,54 @@ def search_curve(data: RunData) -> str:
     return inline_svg(figure, "search", f"Best validation accuracy against candidates scored: {'; '.join(ends)}.")
 
 
-def accuracy_against_macs(data: RunData) -> str:
-    """Every candidate by cost and accuracy, the Pareto front, the best ones, and the allowed range of MACs."""
+def accuracy_against_cost(data: RunData, metric: str) -> str:
+    """Every candidate by a cost and accuracy, the Pareto front, the best ones, and the allowed range of the cost.
+
+    Args:
+        data: the run.
+        metric: ``"macs"``, or ``"latency_ms"`` if every candidate has one.
+    """
     figure, axes = new_figure()
-    everything = (*data.evolution, *data.random_search)
-    phases = [("random", data.random_search), ("evolution", data.evolution)]
+    everything = data.scored
+    write = milliseconds if metric == "latency_ms" else short_number
+
+    def costs(candidates: Iterable[Scored]) -> list[float]:
+        return [getattr(candidate, metric) for candidate in candidates]
+
+    phases = [("random", data.random_search), ("evolution", data.evolution), ("pareto", data.pareto)]
     for colour, candidates in phases:
-        dots(axes, [c.macs for c in candidates], [c.accuracy for c in candidates], colour, opacity=0.45)
-    front = pareto_front(everything)
-    axes.plot(
-        [c.macs for c in front], [c.accuracy for c in front], drawstyle="steps-post", color=COLOURS["ink"], lw=1.2
-    )
-    marks = {"evolution": "*", "random": "D"}
-    for colour, candidates in phases:
+        dots(axes, costs(candidates), [c.accuracy for c in candidates], colour, opacity=0.45)
+    front = pareto_front(everything, metric)
+    axes.plot(costs(front), [c.accuracy for c in front], drawstyle="steps-post", color=COLOURS["ink"], lw=1.2)
+    marks = {"evolution": ("*", 14), "random": ("D", 7)}
+    for colour, candidates in phases[:2]:
         best = next(iter(ranked(candidates)), None)
         if best is not None:
+            mark, size = marks[colour]
             axes.plot(
-                best.macs, best.accuracy, marks[colour], color=COLOURS[colour], ms=14 if colour == "evolution" else 7,
-                mec=COLOURS["ink"], mew=1, zorder=5,
-            )  # fmt: skip
+                costs([best]), best.accuracy, mark, color=COLOURS[colour], ms=size, mec=COLOURS["ink"], mew=1, zorder=5
+            )
     _accuracy_axis(axes, everything)
-    limits = [(name, value) for name in ("macs_min", "macs_max") if (value := getattr(data.config.search, name))]
-    for name, value in limits:
+    limits = [(end, value) for end in ("min", "max") if (value := getattr(data.config.search, f"{metric}_{end}"))]
+    for end, value in limits:
         axes.axvline(value, color=COLOURS["muted"], lw=1.2, ls=(0, (2, 2)))
         axes.annotate(
-            f"{name} {short_number(value)}", (value, 1.02), xycoords=("data", "axes fraction"), va="bottom",
-            ha="right" if name == "macs_max" else "left", fontsize=SMALL - 1, color=COLOURS["muted"],
+            f"{metric}_{end} {write(value)}", (value, 1.02), xycoords=("data", "axes fraction"), va="bottom",
+            ha="right" if end == "max" else "left", fontsize=SMALL - 1, color=COLOURS["muted"],
         )  # fmt: skip
-    macs = [c.macs for c in everything] + [value for _, value in limits]
-    margin = max((max(macs) - min(macs)) * 0.05, max(macs) * 0.01, 1)
-    axes.set_xlim(min(macs) - margin, max(macs) + margin)
+    ends = costs(everything) + [value for _, value in limits]
+    margin = max((max(ends) - min(ends)) * 0.05, max(ends) * 0.01)
+    axes.set_xlim(min(ends) - margin, max(ends) + margin)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.set_xlabel("MACs of one image")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axes.set_xlabel("predicted latency" if metric == "latency_ms" else "MACs of one image")
     axes.set_ylabel("validation accuracy")
     best = ranked(everything)[0]
+    name = "predicted latency" if metric == "latency_ms" else "MACs"
     return inline_svg(
-        figure, "macs",
-        f"Validation accuracy against MACs of {len(everything):,} candidates; the best has {_percent(best.accuracy)} "
-        f"at {short_number(best.macs)} MACs; {len(front)} candidates are on the Pareto front.",
+        figure, metric,
+        f"Validation accuracy against {name} of {len(everything):,} candidates; the best has {_percent(best.accuracy)} "
+        f"at {write(costs([best])[0])}; {len(front)} candidates are on the Pareto front.",
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import torch
 
 import spos_fast
 from spos_fast.analysis.commands import again_commands, stage_command
-from spos_fast.analysis.drawing import short_number
-from spos_fast.analysis.keys import COST_KEY, SEARCH_KEY, row_style
+from spos_fast.analysis.drawing import milliseconds, short_number
+from spos_fast.analysis.keys import COST_KEY, PARETO_KEY, SEARCH_KEY, row_style
 from spos_fast.analysis.page import card, document, figure_key
 from spos_fast.analysis.page import tiles as page_tiles
 from spos_fast.analysis.plots import (
-    accuracy_against_macs,
+    accuracy_against_cost,
     choice_map,
     retraining_curves,
     search_curve,
@@ -25,7 +25,7 @@ from spos_fast.analysis.plots import (
 )
 from spos_fast.analysis.run_data import RunData, read_run
 from spos_fast.analysis.summary import Row, accuracy_floor, comparison, wilson_interval
-from spos_fast.analysis.tables import comparison_table, interval_text, percent, settings_tables
+from spos_fast.analysis.tables import comparison_table, front_table, interval_text, percent, settings_tables
 from spos_fast.checkpoint import write_whole
 
 
@@ -120,13 +120,16 @@ def _tiles(data: RunData, rows: Sequence[Row]) -> str:
         below = f"retrained; interval {interval_text(result)}"
         tiles.append(("Test accuracy", percent(result.accuracy, result.images), below))
     if evolution and evolution.macs is not None and evolution.params is not None:
-        everything = [c.macs for c in (*data.evolution, *data.random_search)] or [evolution.macs]
+        everything = [c.macs for c in data.scored] or [evolution.macs]
         scale = f"scored ones: {short_number(min(everything))} to {short_number(max(everything))}"
         tiles.append(("MACs", short_number(evolution.macs), scale))
         tiles.append(("Params", short_number(evolution.params), "convolutions and classifier"))
-    if data.evolution or data.random_search:
+    if evolution and evolution.latency_ms is not None:
+        tiles.append(("Latency", milliseconds(evolution.latency_ms), "predicted by the latency table"))
+    if data.scored:
         parts = f"{len(data.evolution):,} evolution, {len(data.random_search):,} random search"
-        tiles.append(("Candidates scored", f"{len(data.evolution) + len(data.random_search):,}", parts))
+        parts += f", {len(data.pareto):,} Pareto search" if data.pareto else ""
+        tiles.append(("Candidates scored", f"{len(data.scored):,}", parts))
     if data.supernet:
         last = data.supernet[-1]
         speed = float(np.median([row.images_per_second for row in data.supernet]))
@@ -145,16 +148,24 @@ def _comparison(data: RunData, rows: Sequence[Row]) -> str:
 <p class="note">Validation accuracy is measured with weights inherited from the supernet{on_images}; the best of a
 search is a maximum over many candidates and so flatters its architecture. A dash means that the search did not meet the
 architecture. The interval is Wilson's 95% score interval for the test images; it does not cover another seed of
-training. MACs and params count convolutions and the classifier.</p>"""
+training. MACs and params count convolutions and the classifier.{_measured_on(data)}</p>"""
+
+
+def _measured_on(data: RunData) -> str:
+    """What a predicted latency is, if there are any."""
+    if not data.config.search.latency_table:
+        return ""
+    return " Latency is the sum of the medians of the run's latency table, <code>search/latency.json</code>."
 
 
 def _search(data: RunData, rows: Sequence[Row]) -> str:
     parts = ["<h2>Search</h2>"]
-    scored = (*data.evolution, *data.random_search)
+    scored = data.scored
     if not scored:
         return parts[0] + _missing("The search has not run yet", data, "search")
     if not data.search_finished:
         done = f"{len(data.evolution):,} candidates of evolution and {len(data.random_search):,} of random search"
+        done += f" and {len(data.pareto):,} of the Pareto search" if data.config.search.objectives else ""
         wanted = f"{data.budget:,} each" if data.config.search.random_search else f"{data.budget:,}"
         what = f"The search has not finished: {done} are scored, of at most {wanted}; to go on"
         parts.append(_missing(what, data, "search"))
@@ -163,22 +174,18 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     hidden = f" {below:,} of {len(scored):,} candidates lie below the axis." if below else ""
     nans = sum(math.isnan(c.accuracy) for c in scored)
     hidden += f" {nans:,} candidates have no accuracy." if nans else ""
-    parts.append(
-        '<div class="pair">'
-        + card(
-            "Best so far",
-            search_curve(data),
-            "Lines: best validation accuracy so far. Dots: single candidates. Vertical lines: generations." + hidden,
-            figure_key(SEARCH_KEY),
+    curve = ""
+    if data.evolution or data.random_search:
+        caption = "Lines: best validation accuracy so far. Dots: single candidates. Vertical lines: generations."
+        curve = card("Best so far", search_curve(data), caption + hidden, figure_key(SEARCH_KEY))
+    parts.append(f'<div class="pair">{curve}{"".join(_against_cost(data, hidden))}</div>')
+    if data.front:
+        names = ", ".join(data.config.search.objectives)
+        parts.append(
+            f"<h2>Pareto search</h2>{front_table(data)}"
+            f'<p class="note">NSGA-II for {escape(names)}: what it scored and no other candidate of it beats. A label '
+            f"is what <code>spos-fast retrain --arch</code> takes; <code>front</code> stands for all of them.</p>"
         )
-        + card(
-            "Accuracy against cost",
-            accuracy_against_macs(data),
-            "Dots: candidates. The Pareto front joins those that none beats in both accuracy and MACs." + hidden,
-            figure_key(COST_KEY),
-        )
-        + "</div>"
-    )
     top = min(data.config.search.top_k, len(data.evolution))
     above = f"Above: share of every choice among the {top} best architectures of evolution, layer by layer. "
     caption = (above if top else "") + "Below: the compared architectures. Thick lines part the stages."
@@ -186,6 +193,15 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
         drawn = card("", choice_map(data, rows, kind), caption, wide=True)
         parts.append(f"<h2>Which {kind} where</h2>{drawn}")
     return "\n".join(parts)
+
+
+def _against_cost(data: RunData, hidden: str) -> Iterator[str]:
+    key = (*COST_KEY, PARETO_KEY) if data.pareto else COST_KEY
+    front = "Dots: candidates. The Pareto front joins those that none beats in both accuracy and"
+    yield card("Accuracy against cost", accuracy_against_cost(data, "macs"), f"{front} MACs.{hidden}", figure_key(key))
+    if all(candidate.latency_ms is not None for candidate in data.scored):
+        drawing = accuracy_against_cost(data, "latency_ms")
+        yield card("Accuracy against latency", drawing, f"{front} predicted latency.{hidden}", figure_key(key))
 
 
 def _supernet(data: RunData) -> str:
@@ -200,6 +216,8 @@ def _supernet(data: RunData) -> str:
         train = data.config.train
         if train.widening_end:
             first, all_in = (round(share * train.steps) for share in (train.widening_start, train.widening_end))
+            if len(data.names("width")) <= 2:
+                all_in = first  # the one smaller ratio joins when the widest is no longer alone
             note += f" Blocks run at their widest for {first:,} steps; all widths are drawn from step {all_in:,} on."
         parts.append(f'<p class="note">{note}</p>')
     elif data.config.search.supernet:

@@ -37,7 +37,8 @@ class Scored:
         images: number of validation images.
         macs, params: cost.
         generation: number of the population; counted from the settings while the search has not finished.
-        origin: random, crossover or mutation; empty while the search has not finished.
+        origin: random, crossover, mutation or child; empty while the search has not finished.
+        latency_ms: predicted latency, of a search with a latency table.
     """
 
     genes: tuple[int, ...]
@@ -48,6 +49,7 @@ class Scored:
     params: int
     generation: int
     origin: str = ""
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Tested:
     accuracy: float
     loss: float
     images: int
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,11 @@ class RunData:
         kinds: what the genes of a layer decide: block, width, or both.
         baselines: genes of the uniform networks of the comparison, by label.
         supernet: rows of the supernet's training.
-        evolution, random_search: candidates in the order in which they were scored.
+        evolution, random_search, pareto: candidates in the order in which they were scored.
+        front: what the Pareto search found, in the order of its labels; empty while the search has not finished.
         search_finished: whether the search wrote its result.
-        retrained: in the order of the comparison: evolution, random search, baselines, random ones, others.
+        retrained: in the order of the comparison: evolution, random search, the Pareto front, baselines, random ones,
+            others.
         problems: what could not be read, one sentence each.
     """
 
@@ -104,9 +109,16 @@ class RunData:
     supernet: tuple[Metrics, ...]
     evolution: tuple[Scored, ...]
     random_search: tuple[Scored, ...]
+    pareto: tuple[Scored, ...]
+    front: tuple[Scored, ...]
     search_finished: bool
     retrained: tuple[Retrained, ...]
     problems: tuple[str, ...]
+
+    @property
+    def scored(self) -> tuple[Scored, ...]:
+        """The candidates of all searches."""
+        return (*self.evolution, *self.random_search, *self.pareto)
 
     @property
     def budget(self) -> int:
@@ -145,7 +157,7 @@ def read_run(path: Path) -> RunData:
     space = config.space.make(input_size=config.data.input_size, in_channels=1, num_classes=2)
     baselines = {label: arch.genes for label, arch in space.baselines().items()}
     reader = _Reader(path, space.choices, tuple(baselines))
-    phases = {name: reader.phase(name, config.search.population) for name in ("evolution", "random_search")}
+    phases = {name: reader.phase(name, config.search.population) for name in ("evolution", "random_search", "pareto")}
     return RunData(
         path=path,
         config=config,
@@ -156,6 +168,8 @@ def read_run(path: Path) -> RunData:
         supernet=reader.metrics("supernet", config.train.steps),
         evolution=phases["evolution"],
         random_search=phases["random_search"],
+        pareto=phases["pareto"],
+        front=reader.rows("search/front.json"),
         search_finished=(path / "search" / "best.json").exists(),
         retrained=reader.retrained(config.retrain.steps),
         problems=tuple(reader.problems),
@@ -173,13 +187,18 @@ class _Reader:
         rows = self._understood(name, self._lines(name), lambda row: _metrics(row, steps))
         return tuple(sorted(rows, key=lambda row: row.step))
 
+    def rows(self, name: str) -> tuple[Scored, ...]:
+        """Candidates of a list that a finished search wrote; none if there is none."""
+        rows = self._document(name) if (self.path / name).exists() else None
+        if not isinstance(rows, list):
+            return ()
+        return tuple(self._understood(name, rows, lambda row: self._scored(row, row["generation"])))
+
     def phase(self, name: str, population: int) -> tuple[Scored, ...]:
         """Candidates of one phase: the finished list if there is one, what is on record otherwise."""
         finished = f"search/{name}.json"
-        if (self.path / finished).exists():
-            rows = self._document(finished)
-            if isinstance(rows, list):
-                return tuple(self._understood(finished, rows, lambda row: self._scored(row, row["generation"])))
+        if (self.path / finished).exists() and (whole := self.rows(finished)):
+            return whole
         if self._recorded is None:
             self._recorded = self._lines("search/candidates.jsonl")
         rows = [row for row in self._recorded if row.get("phase") == name]
@@ -201,12 +220,12 @@ class _Reader:
         return Retrained(label, self.metrics(f"retrain/{label}", steps), results[0] if results else None)
 
     def _order(self, label: str) -> tuple[int, int, str]:
-        number = re.fullmatch(r"random_(\d{1,9})", label)
+        numbered = re.fullmatch(r"(pareto|random)_(\d{1,9})", label)
         if label in ("evolution", "random_search"):
             return 0, int(label == "random_search"), label
         if label in self.baselines:
-            return 1, self.baselines.index(label), label
-        return (2, int(number[1]), label) if number else (3, 0, label)
+            return 2, self.baselines.index(label), label
+        return ({"pareto": 1, "random": 3}[numbered[1]], int(numbered[2]), label) if numbered else (4, 0, label)
 
     def _scored(self, row: dict[str, Any], generation: Any) -> Scored:
         return Scored(
@@ -218,6 +237,7 @@ class _Reader:
             params=int(row["params"]),
             generation=int(generation),
             origin=str(row.get("origin", "")),
+            latency_ms=_latency(row),
         )
 
     def _test_result(self, row: dict[str, Any]) -> Tested:
@@ -228,6 +248,7 @@ class _Reader:
             accuracy=float(row["test_accuracy"]),
             loss=float(row["test_loss"]),
             images=int(row["test_images"]),
+            latency_ms=_latency(row),
         )
 
     def _genes(self, value: Any) -> tuple[int, ...]:
@@ -277,6 +298,11 @@ class _Reader:
         if len(rows) < len(lines):
             self.problems.append(f"{name}: {len(lines) - len(rows)} of {len(lines)} lines are not JSON objects")
         return rows
+
+
+def _latency(row: dict[str, Any]) -> float | None:
+    value = row.get("latency_ms")
+    return None if value is None else float(value)
 
 
 def _metrics(row: dict[str, Any], steps: int) -> Metrics:

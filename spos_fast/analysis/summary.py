@@ -47,6 +47,11 @@ class Row:
         """Number of weights, if known."""
         return self.result.params if self.result else self.scored.params if self.scored else None
 
+    @property
+    def latency_ms(self) -> float | None:
+        """Predicted latency, if known."""
+        return self.result.latency_ms if self.result else self.scored.latency_ms if self.scored else None
+
 
 def ranked(candidates: Iterable[Scored]) -> list[Scored]:
     """Best first: accuracy, then less loss, then the earlier one, as the search ranks; NaN comes last."""
@@ -64,10 +69,10 @@ def best_so_far(candidates: Iterable[Scored]) -> list[float]:
     return out
 
 
-def pareto_front(candidates: Iterable[Scored]) -> list[Scored]:
-    """Candidates that no other one beats in both accuracy and MACs, cheapest first; of equals the earlier one."""
+def pareto_front(candidates: Iterable[Scored], metric: str = "macs") -> list[Scored]:
+    """Candidates that no other one beats in both accuracy and a cost, cheapest first; of equals the earlier one."""
     front: list[Scored] = []
-    for candidate in sorted(candidates, key=lambda c: (c.macs, -_or(c.accuracy, -math.inf))):
+    for candidate in sorted(candidates, key=lambda c: (getattr(c, metric), -_or(c.accuracy, -math.inf))):
         if candidate.accuracy > (front[-1].accuracy if front else -math.inf):
             front.append(candidate)
     return front
@@ -123,7 +128,7 @@ def choice_tags(names: Sequence[str]) -> list[str]:
 
 def comparison(data: RunData) -> list[Row]:
     """The rows of the table: what the search found, then whatever else was retrained."""
-    scores = {candidate.genes: candidate for candidate in (*data.random_search, *data.evolution)}
+    scores = {candidate.genes: candidate for candidate in reversed(data.scored)}
     retrained = {entry.label: entry for entry in data.retrained}
     rows = []
     for label, candidates in (("evolution", data.evolution), ("random_search", data.random_search)):
@@ -148,9 +153,9 @@ def _title(label: str) -> str:
         return {"evolution": "Evolution", "random_search": "Random search"}[label]
     if label.startswith("all_"):
         return f"{label.removeprefix('all_')} everywhere"
-    number = re.fullmatch(r"random_(\d+)", label)
+    number = re.fullmatch(r"(random|pareto)_(\d+)", label)
     if number:
-        return f"Random {number[1]}"
+        return f"{number[1].capitalize()} {number[2]}"
     return "Custom" if label.startswith("genes_") else label
 
 

@@ -21,6 +21,7 @@ COLOURS = {
     "paper": "#fefefe",
     "evolution": "#00785f",
     "random": "#868d97",
+    "pareto": "#b3541e",
     "width": "#7a4fa3",
     "on-width": "#fdfdfd",
     **{f"choice-{index}": f"#c0010{index}" for index in range(8)},
@@ -72,3 +73,18 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         f'style="--natural-width: {width:g}px">'
     )
     return re.sub(r"\s*\n\s*", "\n", head + text[text.index(">") + 1 :]).strip()
+
+
+def standalone_svg(element: str) -> str:
+    """What :func:`inline_svg` gave, as a file of its own: in the colours of the light page, on its paper."""
+    colours = "".join(f"--{name}:{value};" for name, value in COLOURS.items() if f"var(--{name})" in element)
+    head, _, body = element.partition(">")
+    size = re.search(r"viewBox=\"0 0 (\S+) (\S+)\"", head)
+    if size is None:
+        raise ValueError("element: expected what inline_svg returns")
+    width, height = size.groups()
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">\n'
+        f"<style>:root{{--font:system-ui,sans-serif;{colours}}}</style>\n"
+        f'<rect width="100%" height="100%" fill="{COLOURS["paper"]}"/>\n{body.strip()}\n'
+    )

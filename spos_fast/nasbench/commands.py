@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from spos_fast.checkpoint import check_writable, write_json, write_whole
 from spos_fast.errors import InputError
 from spos_fast.nasbench.batch import Cells
 from spos_fast.nasbench.cell import OPERATIONS
@@ -45,8 +46,10 @@ def _enumerate(options: argparse.Namespace) -> None:
 
     from spos_fast.nasbench.batch import enumerate_cells
 
-    if options.out is not None and options.out.suffix not in (".npz", ".json"):
-        raise InputError(f"--out: expected a name that ends in .npz or .json, got {str(options.out)!r}")
+    if options.out is not None:
+        if options.out.suffix not in (".npz", ".json"):
+            raise InputError(f"--out: expected a name that ends in .npz or .json, got {str(options.out)!r}")
+        check_writable(options.out)
     cells = enumerate_cells()
     digest = hashlib.sha256(b"".join(hash + b"\n" for hash in sorted(cells.hashes.tolist()))).hexdigest()
     if options.out is not None:
@@ -60,8 +63,6 @@ def _write_cells(path: Path, cells: Cells) -> None:
     import json
 
     import numpy as np
-
-    from spos_fast.checkpoint import write_whole
 
     if path.suffix == ".npz":
         buffer = io.BytesIO()
@@ -142,6 +143,7 @@ def _stats(options: argparse.Namespace) -> None:
 
     _check_positive("--walks", options.walks)
     _check_seed(options.seed)
+    check_writable(options.out)
     results = read_results(options.source)
     from spos_fast.analysis.nasbench_report import write_statistics
 
@@ -164,9 +166,11 @@ def _search(options: argparse.Namespace) -> None:
     _check_positive("--runs", options.runs)
     _check_positive("--budget", options.budget)
     _check_seed(options.seed)
+    for path in (options.json, options.out):
+        if path is not None:
+            check_writable(path)
     results = read_results(options.source)
     from spos_fast.analysis import nasbench_search_report as report
-    from spos_fast.checkpoint import write_json, write_whole
 
     runs = search(results, tuple(METHODS), options.budget, runs=options.runs, seed=options.seed)
     summary = report.summarise(results, runs, options.budget, options.seed)

@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from spos_fast import ops
+from spos_fast.nn.observation import report
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the ops stand in for
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PROJECTION = (_CONV, _NORM, _CONV, _NORM, _RELU)
 
 
@@ -87,7 +87,7 @@ def run(
     block = match(plan, branch, projection, stride, mid) if takes(x) else None
     if block is None:
         return None
-    on_batch = [_on_batch_statistics(norm) for norm in block.norms]
+    on_batch = list(map(_on_batch_statistics, block.norms))
     if all(on_batch) and has_kernel(plan.op, x):
         return _train(block, x)
     if not any(on_batch) and not _wants_gradients(x, block) and has_kernel(f"{plan.op}_infer", x):
@@ -102,17 +102,20 @@ def match(
 
     Args: see :func:`run`. Whether the op takes the images (:func:`takes`) and has a kernel for them is not looked at.
     """
-    layers = [*branch, *(projection or ())]
+    layers = [*branch._modules.values()]
+    if projection is not None:
+        layers += projection._modules.values()
     if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
     if any(map(changed, (branch, *layers))) or (projection is not None and changed(projection)):
         return None
     convolutions = [layer for layer in layers if type(layer) is _CONV]
-    if not all(itertools.starmap(usual, zip(convolutions, plan.strides(stride, projection), strict=True))):
+    weights = [layer.weight for layer in convolutions]
+    if not all(map(usual, convolutions, weights, plan.strides(stride, projection))):
         return None
     norms = [layer for layer in layers if type(layer) is _NORM]
-    weights = [layer.weight for layer in convolutions]
-    if len({(norm.eps, norm.affine) for norm in norms}) > 1 or not all(w.dtype == torch.float32 for w in weights):
+    eps, affine = norms[0].eps, norms[0].affine
+    if any(norm.eps != eps or norm.affine != affine for norm in norms):
         return None
     return Block(plan, norms, weights, stride, mid)
 
@@ -124,7 +127,7 @@ def match_pointwise(layers: nn.Sequential) -> tuple[nn.Conv2d, nn.BatchNorm2d] |
     if tuple(map(type, layers)) != (_CONV, _NORM, _RELU) or any(map(changed, (layers, *layers))):
         return None
     convolution, norm = cast("nn.Conv2d", layers[0]), cast("nn.BatchNorm2d", layers[1])
-    if convolution.weight.dtype != torch.float32 or not usual(convolution, (False, 1)):
+    if not usual(convolution, convolution.weight, (False, 1)):
         return None
     return convolution, norm
 
@@ -201,13 +204,13 @@ def infer(block: Block, x: Tensor, scale: Tensor, shift: Tensor, groups: int = 1
 
 def _folded(block: Block) -> tuple[Tensor, Tensor]:
     """The running statistics as a scale and a shift."""
-    widths, norms = block.widths(), block.norms
-    scale = (_joined([norm.running_var for norm in norms], widths) + norms[0].eps).rsqrt()
+    norms, widths = block.norms, None if block.mid is None else block.widths()
+    scale = _joined([norm.running_var for norm in norms], widths).add_(norms[0].eps).rsqrt_()
     if norms[0].affine:
-        scale = scale * _joined([norm.weight for norm in norms], widths)
-    shift = -_joined([norm.running_mean for norm in norms], widths) * scale
+        scale.mul_(_joined([norm.weight for norm in norms], widths))
+    shift = _joined([norm.running_mean for norm in norms], widths).mul_(scale).neg_()
     if norms[0].affine:
-        shift = shift + _joined([norm.bias for norm in norms], widths)
+        shift.add_(_joined([norm.bias for norm in norms], widths))
     return scale, shift
 
 
@@ -221,13 +224,15 @@ def _train(block: Block, x: Tensor) -> Tensor:
 def move_statistics(
     norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
 ) -> None:
-    """Move layers' running statistics as their own forwards do.
+    """Move layers' running statistics as their own forwards do, or hand the batch's to who recalibrates them.
 
     Args:
         norms: the layers.
         means, variances: of the batch, one a layer, of its first channels or of all; variances divided by the count.
         counts: values a channel.
     """
+    if report(norms, means, variances, counts):
+        return
     counters = [norm.num_batches_tracked for norm in norms if norm.training]
     tracked = [counter for counter in counters if counter is not None]
     if tracked:
@@ -252,8 +257,11 @@ def move_statistics(
         torch._foreach_add_(running, torch._foreach_mul(values, taken))
 
 
-def _joined(vectors: Sequence[Any], widths: Sequence[int]) -> Tensor:
-    return torch.cat([vector[:width] for vector, width in zip(vectors, widths, strict=True)])
+def _joined(vectors: list[Any], widths: Sequence[int] | None) -> Tensor:
+    """One vector behind the other; of each its first values, if ``widths`` says how many."""
+    return torch.cat(
+        vectors if widths is None else [vector[:width] for vector, width in zip(vectors, widths, strict=True)]
+    )
 
 
 def _fits(x: Tensor) -> bool:
@@ -277,27 +285,33 @@ def _wants_gradients(x: Tensor, block: Block) -> bool:
 
 
 def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    own = vars(norm)
+    return own["training"] or (own["_buffers"]["running_mean"] is None and own["_buffers"]["running_var"] is None)
 
 
-def usual(convolution: nn.Conv2d, expected: tuple[bool, int]) -> bool:
+def usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) -> bool:
     """Whether a convolution is as the units make it; its attributes may have been changed, or another put in place."""
     depthwise, stride = expected
-    channels, _, *kernel = convolution.weight.shape
-    side = kernel[0] if depthwise else 1
+    channels, _, height, width = weight.shape
+    own = vars(convolution)
     return (
-        kernel == [side, side]
-        and side % 2 == 1
-        and convolution.stride == (stride, stride)
-        and convolution.padding == (side // 2, side // 2)
-        and convolution.dilation == (1, 1)
-        and convolution.groups == (channels if depthwise else 1)
-        and convolution.padding_mode == "zeros"
-        and convolution.bias is None
+        height == width
+        and (width % 2 == 1 if depthwise else width == 1)
+        and own["stride"] == (stride, stride)
+        and own["padding"] == (width // 2, width // 2)
+        and own["dilation"] == (1, 1)
+        and own["groups"] == (channels if depthwise else 1)
+        and own["padding_mode"] == "zeros"
+        and own["_parameters"]["bias"] is None
+        and weight.dtype == torch.float32
     )
 
 
 def changed(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it a forward of its own."""
     own = vars(module)
-    return "forward" in own or any(own[hooks] for hooks in _HOOKS)
+    return (
+        "forward" in own
+        or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+        or bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
+    )

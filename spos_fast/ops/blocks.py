@@ -8,6 +8,7 @@ a layer is left, forwards (pw_bnstats for 1x1, dw_bnstats for depthwise convolut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from spos_fast.ops.channels import (
     width_of,
 )
 from spos_fast.ops.dispatch import LIBRARY, define_op
+from spos_fast.ops.groups import check_groups, each, joined, joined_gradients, runs
 from spos_fast.ops.layout import channels_last
 
 
@@ -162,9 +164,22 @@ def dw_bnstats_reference(
     stride: int,
     channels: int,
     width: Tensor | None,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op dw_bnstats computes, in plain PyTorch: z, mean, m2. width: how many channels are really used."""
-    _check_dw(x, weight, scale, shift, stride, channels, width)
+    """What the op dw_bnstats computes, in plain PyTorch: z, mean, m2.
+
+    width: how many channels are really used. groups: runs of images one behind the other, with scale and shift, each
+    [groups, channels], and statistics of their own.
+    """
+    _check_dw(x, weight, scale, shift, stride, channels, width, groups)
+    if groups > 1:
+        z, mean, m2 = joined(
+            [
+                dw_bnstats_reference(image, weight, own_scale, own_shift, relu, stride, channels, width)
+                for image, own_scale, own_shift in runs(groups, (x,), (scale, shift))
+            ]
+        )
+        return z, mean, m2
     a = activation(x[:, :channels], scale, shift, relu)
     z = functional.conv2d(a, weight[:channels], None, stride, weight.shape[2] // 2, groups=channels)
     return _with_statistics(z, width)
@@ -221,6 +236,7 @@ def _check_dw(
     stride: int,
     channels: int,
     width: Tensor | None,
+    groups: int = 1,
 ) -> None:
     check_image("x", x)
     check_weight(weight, x)
@@ -232,7 +248,8 @@ def _check_dw(
         raise InputError(f"channels must be from 1 to {most}, what weight and x have, got {channels}")
     if stride < 1:
         raise InputError(f"stride must be 1 or more, got {stride}")
-    check_affine("scale", scale, "shift", shift, channels, x)
+    check_groups(groups, x)
+    check_affine("scale", scale, "shift", shift, channels, x, groups)
     check_width("channels", width, x)
 
 
@@ -262,9 +279,11 @@ def _fake_dw(
     stride: int,
     channels: int,
     width: Tensor | None,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = new_image(x, channels, *strided_size(x, stride))
-    return z, new_statistics(x, channels), new_statistics(x, channels)
+    size = each(groups, channels)
+    return z, new_statistics(x, *size), new_statistics(x, *size)
 
 
 _pw_op = define_op(
@@ -276,9 +295,10 @@ _pw_op = define_op(
     triton="spos_fast.kernels.blocks:pw_bnstats",
     autocast=(0, 1),
 )
+# Groups are the raw op's only: with them the units' launchers run a layer of all groups in one pass.
 _dw_op = define_op(
     "dw_bnstats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool relu, int stride, "
-    "SymInt channels, Tensor? width) -> (Tensor z, Tensor mean, Tensor m2)",
+    "SymInt channels, Tensor? width, int groups=1) -> (Tensor z, Tensor mean, Tensor m2)",
     reference=dw_bnstats_reference,
     fake=_fake_dw,
     triton="spos_fast.kernels.blocks:dw_bnstats",
@@ -293,23 +313,41 @@ def _save_pw(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _save_dw(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, scale, shift, *ctx.settings, width = inputs
+    x, weight, scale, shift, *ctx.settings, width, ctx.groups = inputs
     ctx.save_for_backward(*output[:2], x, weight, scale, shift, width)
     ctx.set_materialize_grads(False)
 
 
 def _backward_pw(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _, first, step, _, _ = ctx.settings
-    return *_backward(pw_backward_op, ctx, grads, first, step), *(None,) * 7
+    return *_backward(pw_backward_op, ctx.saved_tensors, ctx.settings, grads, first, step), *(None,) * 7
 
 
 def _backward_dw(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_backward(dw_backward_op, ctx, grads, 0, 1), *(None,) * 4
+    if ctx.groups == 1:
+        return *_backward(dw_backward_op, ctx.saved_tensors, ctx.settings, grads, 0, 1), *(None,) * 5
+    z, mean, x, weight, scale, shift, width = ctx.saved_tensors
+    grad = torch.zeros_like(z) if grads[0] is None else grads[0]
+    each_run = runs(ctx.groups, (z, x, grad), (mean, scale, shift, *grads[1:]))
+    found = [
+        _backward(dw_backward_op, (z, mean, x, weight, scale, shift, width), ctx.settings, (grad, *later), 0, 1)
+        for z, x, grad, mean, scale, shift, *later in each_run
+    ]
+    dx, dw, *affine = joined_gradients(found, own=2)
+    assert dw is not None
+    return dx, dw.to(weight.dtype), *affine, *(None,) * 5
 
 
-def _backward(op: Any, ctx: Any, grads: tuple[Tensor | None, ...], first: int, step: int) -> tuple[Tensor | None, ...]:
+def _backward(
+    op: Any,
+    saved: Sequence[Any],
+    settings: Sequence[Any],
+    grads: Sequence[Tensor | None],
+    first: int,
+    step: int,
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, scale and shift, for gradients of z, mean and m2."""
-    z, mean, x, weight, scale, shift, *widths = ctx.saved_tensors
+    z, mean, x, weight, scale, shift, *widths = saved
     grad, grad_mean, grad_m2 = grads
     grad = torch.zeros_like(z) if grad is None else grad.contiguous(memory_format=LAST)
     # d mean / dz = 1/n; d m2 / dz = 2 (z - mean), for sum(z - mean) = 0 takes the mean's own share away.
@@ -318,9 +356,7 @@ def _backward(op: Any, ctx: Any, grads: tuple[Tensor | None, ...], first: int, s
     slope = zeros if grad_m2 is None else -2 * grad_m2
     norm = torch.stack((torch.ones_like(mean), zeros, mean, offset, slope))
     centre = None if scale is None else torch.zeros_like(scale)
-    grad_x, grad_weight, total, product = op(
-        grad, z, norm, False, x, weight, scale, shift, centre, *ctx.settings, *widths
-    )
+    grad_x, grad_weight, total, product = op(grad, z, norm, False, x, weight, scale, shift, centre, *settings, *widths)
     if scale is None:
         return scattered(grad_x, x, first, step), grad_weight, None, None
     used = only_present(scale, widths[0], 0)

@@ -80,6 +80,7 @@ _op = define_op(
     "bn_normalize(Tensor x, Tensor scale, Tensor shift, bool relu, int groups=1) -> Tensor",
     reference=bn_normalize_reference,
     fake=_fake,
+    triton="spos_fast.kernels.batchnorm:bn_normalize",
 )
 
 

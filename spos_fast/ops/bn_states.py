@@ -80,8 +80,8 @@ def bn_merge_reference(
     batch_count: Sequence[int],
     mode: StatisticsMode,
     batches: int,
-    momentum: float = 0.1,
-    biased: bool = False,
+    momentum: float,
+    biased: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What bn_merge computes, in plain PyTorch."""
     given = _checked_merge(mean, var, count, batch_mean, batch_m2, batch_count, mode, batches, momentum)
@@ -319,7 +319,7 @@ def _fake_finalize(
 
 _merge = define_op(
     "bn_merge(Tensor[] mean, Tensor[] var, int[] count, Tensor[] batch_mean, Tensor[] batch_m2, int[] batch_count, "
-    "str mode, int batches, float momentum=0.1, bool biased=False) -> (Tensor[] mean, Tensor[] var)",
+    "str mode, int batches, float momentum, bool biased) -> (Tensor[] mean, Tensor[] var)",
     reference=bn_merge_reference,
     fake=_fake_merge,
 )

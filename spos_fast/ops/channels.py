@@ -6,7 +6,7 @@ reads it at run time, so that a CUDA graph can be replayed on another value; the
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import DTYPES
+from spos_fast.ops.groups import each
 from spos_fast.ops.unit_layers import statistics_dtype
 
 LAST = torch.channels_last
-MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
 def width_of(name: str, channels: int | Tensor | None, stored: int) -> tuple[int, Tensor | None]:
@@ -35,12 +35,16 @@ def width_of(name: str, channels: int | Tensor | None, stored: int) -> tuple[int
     return channels, None
 
 
-def in_autocast_dtype(x: Tensor, other: MaybeTensor) -> tuple[Tensor, MaybeTensor]:
-    """Both in the dtype of autocast where that is on; float64 stays."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), other.to(dtype) if isinstance(other, Tensor) else other
-    return x, other
+def in_autocast_dtype(*values: Any) -> tuple[Any, ...]:
+    """The tensors (the first is the image) in the dtype of autocast where that is on; float64 images leave all as is.
+
+    What is no tensor stays: a missing argument, or a mistake that is refused later.
+    """
+    x = values[0]
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return values
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in values)
 
 
 def check_width(name: str, width: Tensor | None, x: Tensor) -> None:
@@ -79,14 +83,20 @@ def check_weight(weight: Tensor, x: Tensor) -> None:
 
 
 def check_affine(
-    scale_name: str, scale: Tensor | None, shift_name: str, shift: Tensor | None, channels: int, x: Tensor
+    scale_name: str,
+    scale: Tensor | None,
+    shift_name: str,
+    shift: Tensor | None,
+    channels: int,
+    x: Tensor,
+    groups: int = 1,
 ) -> None:
-    """Refuse a scale and a shift that are not both there, or do not fit ``channels`` channels of x."""
+    """Refuse a scale and a shift that are not both there, or do not fit ``channels`` channels of x's groups."""
     if (scale is None) != (shift is None):
         raise InputError(f"{scale_name} and {shift_name} must be given both or not at all")
     for name, value in ((scale_name, scale), (shift_name, shift)):
         if value is not None:
-            check_statistics(name, value, [channels], x)
+            check_statistics(name, value, each(groups, channels), x)
 
 
 def check_statistics(name: str, value: Tensor, shape: list[int], x: Tensor) -> None:

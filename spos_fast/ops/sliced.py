@@ -195,7 +195,7 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tup
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
         if value.dim() != dimensions:
             raise InputError(f"{name} must have {dimensions} dimensions, got shape {list(value.shape)}")
-    (x, weight), (_, bias) = in_autocast_dtype(x, weight), in_autocast_dtype(x, bias)
+    x, weight, bias = in_autocast_dtype(x, weight, bias)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype != x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {parameter.dtype}")

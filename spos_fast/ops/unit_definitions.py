@@ -11,6 +11,7 @@ from torch import Tensor
 from spos_fast.errors import InputError
 from spos_fast.ops import unit_reference
 from spos_fast.ops.dispatch import LIBRARY, define_op, differentiable_once
+from spos_fast.ops.groups import joined_gradients, runs
 from spos_fast.ops.unit_layers import (
     NAMES,
     Chain,
@@ -152,8 +153,8 @@ def _define(name: str, chain: Chain) -> None:
         if ctx.groups == 1:
             grads = backward_op(grad, x, saved, mean, var, *shared, *late)
         else:
-            runs = zip(grad.chunk(ctx.groups), x.chunk(ctx.groups), saved, mean, var, strict=True)
-            grads = _of_all_groups([backward_op(*run, *shared, *late) for run in runs], own=0)
+            each = runs(ctx.groups, (grad, x), (saved, mean, var))
+            grads = joined_gradients([backward_op(*run, *shared, *late) for run in each], own=0)
         return *_fitting(grads, (x, *shared)), None, None, None, None, None, None
 
     def keep_folded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,10 +167,9 @@ def _define(name: str, chain: Chain) -> None:
         if ctx.groups == 1:
             grads = infer_backward_op(grad, x, *shared, scale, shift, *late)
         else:
-            scales = [None] * ctx.groups if scale is None else scale
-            runs = zip(grad.chunk(ctx.groups), x.chunk(ctx.groups), scales, shift, strict=True)
-            found = [infer_backward_op(dy, part, *shared, *vectors, *late) for dy, part, *vectors in runs]
-            grads = _of_all_groups(found, own=2)
+            each = runs(ctx.groups, (grad, x), (scale, shift))
+            found = [infer_backward_op(dy, part, *shared, *vectors, *late) for dy, part, *vectors in each]
+            grads = joined_gradients(found, own=2)
         return *_fitting(grads, (x, *shared, scale, shift)), None, None, None, None
 
     def register(op: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
@@ -202,23 +202,6 @@ def _check_saved(unit: Unit, saved: Tensor) -> None:
         raise InputError(
             f"saved must hold {unit.saved_size} values, which a forward pass with save=True leaves; got {saved.numel()}"
         )
-
-
-def _of_all_groups(found: Sequence[Sequence[Tensor]], own: int) -> list[Tensor]:
-    """Gradients for several groups from those of each.
-
-    Those of x come one behind the other; those of what groups share as sums, in the groups' order and the statistics'
-    dtype; those of the last ``own`` tensors, of which every group has one, stacked.
-    """
-    dx, *shared = zip(*found, strict=True)
-    split = len(shared) - own
-    sums = []
-    for parts in shared[:split]:
-        total = parts[0].to(statistics_dtype(parts[0]))
-        for part in parts[1:]:
-            total = total + part
-        sums.append(total)
-    return [torch.cat(dx).contiguous(memory_format=_LAST), *sums, *map(torch.stack, shared[split:])]
 
 
 def _fitting(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

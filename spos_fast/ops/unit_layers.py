@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import DTYPES
+from spos_fast.ops.groups import check_groups, each
 
 Projection = tuple[Tensor | None, Tensor | None]
 
@@ -120,7 +121,7 @@ class Unit(NamedTuple):
 
     def each(self, size: int) -> list[int]:
         """The shape of what every group has ``size`` values of."""
-        return [size] if self.groups == 1 else [self.groups, size]
+        return each(self.groups, size)
 
     def runs(self) -> list[Unit]:
         """A unit of its own for every group."""
@@ -206,8 +207,7 @@ def make_unit(
         raise InputError(f"stride must be 1 for a unit without projection, got {stride}")
     if proj_dw is None and x.shape[1] % 2:
         raise InputError(f"x must have an even number of channels, got shape {list(x.shape)}")
-    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool) or groups < 1 or x.shape[0] % groups:
-        raise InputError(f"groups must divide the {x.shape[0]} images of x into equal runs, got {groups!r}")
+    check_groups(groups, x)
     channels = x.shape[1] if proj_dw is not None else x.shape[1] // 2
     beside: tuple[Layer, ...] = ()
     if proj_dw is not None and proj_pw is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn import grad as convolution_grad
 
+from spos_fast.ops.groups import joined, runs
 from spos_fast.ops.unit_layers import Layer, Unit, statistics_dtype
 
 _LAST = torch.channels_last
@@ -25,10 +26,9 @@ def forward(
         used: the same unit, or a narrower slice of it, which is computed; statistics of absent channels are zero.
     """
     if unit.groups > 1:
-        runs = [forward(*run, gamma, beta, eps, save) for run in zip(unit.runs(), used.runs(), strict=True)]
-        images, *vectors = zip(*runs, strict=True)
-        saved, mean, var = map(torch.stack, vectors)
-        return torch.cat(images).contiguous(memory_format=_LAST), saved, mean, var
+        pairs = zip(unit.runs(), used.runs(), strict=True)
+        out, saved, mean, var = joined([forward(*pair, gamma, beta, eps, save) for pair in pairs])
+        return out, saved, mean, var
     gammas, betas = _split(gamma, unit, used), _split(beta, unit, used)
     position = 0
     kept: list[Tensor] = []
@@ -77,9 +77,9 @@ def backward(
 def infer(unit: Unit, used: Unit, scale: Tensor | None, shift: Tensor) -> Tensor:
     """The unit with a scale and a shift behind every convolution in place of batch normalisation."""
     if unit.groups > 1:
-        scales = [None] * unit.groups if scale is None else scale
-        runs = zip(unit.runs(), used.runs(), scales, shift, strict=True)
-        return torch.cat([infer(*run) for run in runs]).contiguous(memory_format=_LAST)
+        vectors = runs(unit.groups, (), (scale, shift))
+        each = zip(unit.runs(), used.runs(), vectors, strict=True)
+        return joined([(infer(run, narrow, *own),) for run, narrow, own in each])[0]
     return _infer(unit, used, scale, shift)[0]
 
 

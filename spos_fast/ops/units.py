@@ -241,6 +241,6 @@ def _prepared(
         raise TypeError(f"mid must be an int or an int32 tensor, got {type(mid).__name__}")
     beside: Projection = (None, None) if projection is None else (projection[0], projection[1])
     if torch.is_autocast_enabled(x.device.type):
-        cast = [in_autocast_dtype(x, value)[1] for value in (*weights, *beside)]
-        x, weights, beside = in_autocast_dtype(x, None)[0], cast[:-2], (cast[-2], cast[-1])  # type: ignore[assignment]
+        x, *weights, proj_dw, proj_pw = in_autocast_dtype(x, *weights, *beside)
+        beside = proj_dw, proj_pw
     return channels_last(x, name), weights, beside, stored if mid is None else mid, width

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from spos_fast.spaces.base import Cost, CostTable, Space
+from spos_fast.spaces.base import METRICS, Cost, CostTable, Space
 from spos_fast.spaces.shufflenet_v2 import ShuffleNetV2
 
 # Every space takes input_size, in_channels and num_classes, beside sizes of its own.
 SPACES: dict[str, Callable[..., Space]] = {ShuffleNetV2.name: ShuffleNetV2}
 
-__all__ = ["SPACES", "Cost", "CostTable", "ShuffleNetV2", "Space"]
+__all__ = ["METRICS", "SPACES", "Cost", "CostTable", "ShuffleNetV2", "Space"]

@@ -14,6 +14,8 @@ from spos_fast.architecture import Architecture, integer_genes
 from spos_fast.errors import InputError
 from spos_fast.supernet import Supernet
 
+METRICS = ("macs", "params", "latency_ms")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -23,10 +25,18 @@ class Cost:
         macs: multiply-accumulates of convolutions and linear layers (the field's "FLOPs").
         params: weights of convolutions and linear layers. As in the published numbers, the scale and shift of
             batch normalisation are not counted (they add 0.8 % to the published network).
+        latency_ms: predicted milliseconds of one inference on the device, and with the batch, of the latency table that
+            the space was given (:class:`spos_fast.LatencyTable`); None without one.
     """
 
     macs: int
     params: int
+    latency_ms: float | None = None
+
+    def known(self) -> dict[str, int | float]:
+        """The metrics that have a value, by name: what is recorded of a candidate."""
+        values = {name: getattr(self, name) for name in METRICS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,13 @@ class CostTable:
         fixed: what every architecture pays (stem and head).
         layers: one int64 array a layer, with one axis for each of the layer's genes: the genes of a layer may act on
             its cost together (the width of a block matters more in one kind of block than in another).
+        per_unit: how many of these integers make one of the metric, for metrics that are no whole numbers: a
+            millisecond is counted as a million nanoseconds.
     """
 
     fixed: int
     layers: tuple[np.ndarray, ...]
+    per_unit: int = 1
 
     def totals(self, genes: np.ndarray) -> np.ndarray:
         """The metric of many architectures: integers ``[n, genes]`` to int64 ``[n]``."""
@@ -49,6 +62,24 @@ class CostTable:
             total += layer[tuple(genes[:, first : first + layer.ndim].T)]
             first += layer.ndim
         return total
+
+    def value(self, total: float) -> float:
+        """A total in units of the metric."""
+        return total if self.per_unit == 1 else total / self.per_unit
+
+    def limits(self, low: float, high: float) -> tuple[float, float]:
+        """Ends of a range of the metric as totals: those between them are the totals whose :meth:`value` is inside."""
+        least, most = low * self.per_unit, high * self.per_unit
+        # A product may fall on the wrong side of a whole number; the value next to it decides.
+        if self.per_unit > 1 and abs(least) < 2**52:
+            least = np.floor(least) - 1
+            while self.value(least) < low:
+                least += 1
+        if self.per_unit > 1 and abs(most) < 2**52:
+            most = np.ceil(most) + 1
+            while self.value(most) > high:
+                most -= 1
+        return least, most
 
     @property
     def smallest(self) -> int:
@@ -69,7 +100,8 @@ class Space(ABC):
         kinds: what the genes of a layer decide, in order: ``("block",)``, ``("width",)`` or ``("block", "width")``.
             Every layer has one gene of each kind; its genes stand together, layer after layer.
         choices: for every gene the names of its candidates, in the order of their indices.
-        cost_tables: ``{"macs": CostTable, "params": CostTable}``.
+        cost_tables: ``{"macs": CostTable, "params": CostTable}``, and ``"latency_ms"`` once
+            :meth:`spos_fast.LatencyTable.attach` has put it there.
     """
 
     name: str
@@ -121,7 +153,8 @@ class Space(ABC):
             InputError: the architecture is not of this space.
         """
         genes = np.array([self.architecture(arch).genes])
-        return Cost(**{name: int(table.totals(genes)[0]) for name, table in self.cost_tables.items()})
+        totals = {name: table.value(int(table.totals(genes)[0])) for name, table in self.cost_tables.items()}
+        return Cost(**totals)  # type: ignore[arg-type]
 
     @abstractmethod
     def baselines(self) -> dict[str, Architecture]:

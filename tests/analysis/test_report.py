@@ -22,6 +22,9 @@ from spos_fast.analysis.summary import (
 )
 from spos_fast.config import SECTIONS, config_from, merged, parse_flag, plain
 from spos_fast.errors import InputError
+from spos_fast.sampling import UniformSampler
+from spos_fast.spaces import ShuffleNetV2
+from spos_fast.widening import WideningSampler
 
 MakeRun = Callable[..., Path]
 
@@ -298,6 +301,19 @@ def test_blocks_and_widths_are_shown_layer_by_layer(widths_run: Path, make_run: 
     run = make_run({"space": {**only_widths, "stage_strides": [1, 2]}, "search": {"population": 60}}, rows=3)
     text = read(run)
     assert "Which width where" in text and "Which block where" not in text and "1x everywhere" in text
+
+
+@pytest.mark.parametrize("ratios", [[0.5, 1.0], [0.5, 1.0, 1.5]], ids=len)
+def test_the_note_on_widths_is_the_schedules(make_run: MakeRun, ratios: list[float]) -> None:
+    """The step from which all widths are drawn: with two ratios that is where the second joins, not the schedule's
+    end."""
+    space = {"channels": ratios, "stage_channels": [32, 64], "stage_repeats": [2, 3], "stage_strides": [1, 2]}
+    schedule = {"steps": 1000, "widening_start": 0.3, "widening_end": 0.6}
+    run = make_run({"space": space, "train": schedule}, stages=("train",), rows=3)
+    sampler = WideningSampler(UniformSampler(ShuffleNetV2(**space)), 1000, 0.3, 0.6)
+    first = next(step for step in range(1000) if sampler.widths(step) == len(ratios))
+    assert first == (300 if len(ratios) == 2 else 600)
+    assert f"at their widest for 300 steps; all widths are drawn from step {first} on" in read(run)
 
 
 def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path, widths_run: Path) -> None:

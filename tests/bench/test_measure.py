@@ -20,13 +20,37 @@ CPU = torch.device("cpu")
 ROOF = {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": {"float32": 1e11}}
 
 
+wait_for_quiet = measure.wait_for_quiet
+
+
+class Clock:
+    """The time that bench sees: what passes, and what toys pretend to take (a sleep is late on a busy machine)."""
+
+    pretended = 0.0
+    sleep = staticmethod(time.sleep)
+
+    def perf_counter(self):
+        return time.perf_counter() + Clock.pretended
+
+    def monotonic(self):
+        return time.monotonic() + Clock.pretended
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Toys take no time, and ask for no quiet machine: waiting for one would cost up to three seconds each."""
+    monkeypatch.setattr(measure, "time", Clock())
+    monkeypatch.setattr(run, "time", measure.time)
+    monkeypatch.setattr(measure, "wait_for_quiet", lambda: None)
+
+
 def toy(**changes):
-    """A case whose peer sleeps twice as long as ours."""
+    """A case whose peer takes twice as long as ours."""
 
     def sleeper(seconds, value=1.0):
         def bind(given):
             def once():
-                time.sleep(seconds)
+                Clock.pretended += seconds
                 return given * value
 
             return once
@@ -95,6 +119,17 @@ def test_short_runs_are_repeated_until_the_clock_can_see_them():
     samples = measure.interleaved({"quick": lambda: calls.append(1)}, CPU, seconds=0.05, least=3, most=5)
     assert len(calls) > 1000
     assert max(samples["quick"]) < 1e-4
+
+
+@pytest.mark.parametrize(("shares", "looks"), [([0.0], 1), ([0.9, 0.5, 0.05, 0.9], 3), ([None], 1), ([0.9] * 99, 12)])
+def test_waiting_ends_with_the_other_work_or_after_three_seconds(shares, looks, monkeypatch):
+    """A look every quarter of a second, until the others take less than a tenth of a core; 12 looks at most."""
+    left, clock = list(shares), [0.0]
+    monkeypatch.setattr(measure.OtherWork, "share", lambda self: left.pop(0))
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    wait_for_quiet()
+    assert len(shares) - len(left) == looks
 
 
 def test_ratios_and_spread():
@@ -242,13 +277,20 @@ def test_reports_older_than_the_code_are_refused(tmp_path):
 
 def test_pytest_benchmark_runs_the_cases(tmp_path):
     """pytest bench/ times every contender of a case in one group, and writes and compares its JSON."""
-    command = [sys.executable, "-m", "pytest", "bench/", "-q", "-k", "hash and one and by", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "bench/", "-q", "-p", "no:cacheprovider"]
     storage = [f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.1", "--benchmark-min-rounds=2"]
-    first = ["--benchmark-autosave", f"--benchmark-json={tmp_path / 'out.json'}"]
-    for extra in (first, ["--benchmark-compare"]):
-        done = subprocess.run([*command, *storage, *extra], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]
-    assert "(NOW)" in done.stdout and "plain Python" in done.stdout
+    both = ["-k", "hash and one and by", "--benchmark-autosave", f"--benchmark-json={tmp_path / 'out.json'}"]
+    # Ours alone, for the peer's gate runs the case's tests.
+    ours = ["-k", "hash and one and by and not plain", "--benchmark-compare"]
+    # pytest-benchmark measures nothing in a process of pytest-xdist, nor below one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    said = []
+    for extra, passed in ((both, 2), (ours, 1)):
+        given = [*command, *storage, *extra]
+        done = subprocess.run(given, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and f"{passed} passed" in done.stdout, done.stdout[-3000:]
+        said.append(done.stdout)
+    assert "plain Python" in said[0] and "(NOW)" in said[1]
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert len(found) == 2 and len({benchmark["group"] for benchmark in found}) == 1
 
@@ -278,9 +320,9 @@ def test_a_budget_leaves_cases_out_by_name(tmp_path, monkeypatch):
 
     def on_case(record, case):
         seen.append(case["name"])
-        time.sleep(0.05)
+        Clock.pretended += 100
 
-    record = run.run(cases, CPU, {}, compiled=False, seconds=0.01, budget=0.04, on_case=on_case)
+    record = run.run(cases, CPU, {}, compiled=False, seconds=0.01, budget=60, on_case=on_case)
     assert seen == ["toy 0 float32"] and record["left_out"] == ["toy 1 float32", "toy 2 float32"]
     partial = run.write(record, tmp_path, complete=False)
     assert partial.name.endswith(".partial.json") and not table.newest(tmp_path)

@@ -28,6 +28,7 @@
 #define __host__
 #define __shared__ static  // one block at a time, so one copy is enough
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
     unsigned x, y, z;

@@ -92,6 +92,41 @@ TEST(many_blocks_agree) {
     check_statistics(layer, result);
 }
 
+// Groups in one launch: the bits of a launch of their own, with their own scale and shift; the last one is all NaN.
+TEST(groups_are_calls_of_their_own) {
+    constexpr int64_t kGroups = 3;
+    for (const Sizes& sizes :
+         {Sizes{6, 9, 10, 6, 3, 1}, {6, 6, 8, 5, 5, 2}, {3, 20, 30, 70, 7, 1, 2, 2}, {6, 6, 8, 12, 3, 1, 0, 0, 7}})
+        for (const DType dtype : {DType::float32, DType::float16}) {
+            Layer layer(sizes, dtype);
+            const int64_t c = sizes.channels, in = layer.x.size() / kGroups, out = layer.out_pixels() / kGroups * c;
+            const DType statistics = test::statistics_of(dtype);
+            for (int64_t i = 2 * in; i < layer.x.size(); ++i) layer.x.set(i, NAN);
+            Values scale(statistics, kGroups * c), shift(statistics, kGroups * c);
+            for (int64_t i = 0; i < kGroups * c; ++i) scale.set(i, 1 + 0.01 * i), shift.set(i, 0.2 - 0.03 * i);
+
+            const auto run = [&](int64_t group, int64_t groups, Values& z, Values& mean, Values& m2) {
+                cuda::Depthwise part = layer.arguments;
+                part.samples = sizes.samples / kGroups, part.groups = groups;
+                part.x = layer.x.at(group * in + sizes.before);
+                part.scale = scale.at(group * c), part.shift = shift.at(group * c);
+                Values workspace(DType::float64, cuda::depthwise_workspace_bytes(part) / 8 + 1);
+                CHECK(cuda::depthwise(part, z.data(), workspace.data(), mean.data(), m2.data(), nullptr) == nullptr);
+                CHECK(workspace.guarded() && z.guarded() && mean.guarded() && m2.guarded());
+            };
+            Values z(dtype, kGroups * out), mean(statistics, kGroups * c), m2(statistics, kGroups * c);
+            run(0, kGroups, z, mean, m2);
+            for (int64_t group = 0; group < kGroups; ++group) {
+                Values own_z(dtype, out), own_mean(statistics, c), own_m2(statistics, c);
+                run(group, 1, own_z, own_mean, own_m2);
+                CHECK(std::memcmp(z.at(group * out), own_z.data(), out * item_size(dtype)) == 0);
+                CHECK(std::memcmp(mean.at(group * c), own_mean.data(), c * item_size(statistics)) == 0);
+                CHECK(std::memcmp(m2.at(group * c), own_m2.data(), c * item_size(statistics)) == 0);
+                CHECK(std::isnan(own_mean[0]) == (group == 2));
+            }
+        }
+}
+
 // A NaN of the input reaches the outputs that see it, through the ReLU too, and no other channel.
 TEST(nan_stays_in_its_channel) {
     for (const int64_t kernel : {3, 9}) {
@@ -128,6 +163,9 @@ TEST(what_cannot_be_launched_is_refused) {
     Values out(DType::float32, 8);
     CHECK(std::strstr(cuda::depthwise(layer.arguments, nullptr, nullptr, out.data(), out.data(), nullptr),
                       "too large for one launch") != nullptr);
+    layer.arguments.samples = 1, layer.arguments.groups = 65536;
+    CHECK(std::strstr(cuda::depthwise(layer.arguments, nullptr, nullptr, out.data(), out.data(), nullptr),
+                      "from 1 to 65535 groups") != nullptr);
     CHECK(std::isnan(out[0]));
 }
 

@@ -102,6 +102,23 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments", [["stats", "SOURCE", "--out"], ["search", "SOURCE", "--out"], ["search", "SOURCE", "--json"]]
+)
+@pytest.mark.parametrize("blocked", ["a folder", "a folder that is a file"])
+def test_an_unwritable_output_is_refused_before_the_work(
+    arguments: list[str], blocked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the source is even read (it is not there), with one line that names the output; nothing is written."""
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path if blocked == "a folder" else tmp_path / "file" / "report.html"
+    assert main(["nasbench", *arguments, str(out)]) == 2
+    error = capsys.readouterr().err
+    said = "is no regular file" if blocked == "a folder" else "could not be written"
+    assert f"{out}: {said}" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
 def test_no_torch() -> None:
     """The reports and the searches load without torch."""
     code = (

@@ -90,6 +90,19 @@ def _dw_bnstats() -> list[Arguments]:
     return found
 
 
+def _dw_bnstats_in_groups() -> list[Arguments]:
+    found: list[Arguments] = []
+    for dtype in HALVES_TOO:
+        draw = _Draw(dtype, 6)
+        for groups, (n, c, h, w, stored, k, stride, used, affine, relu) in zip((3, 2), _DEPTHWISE[::2], strict=False):
+            image, weight = draw.image(groups * n, c, h, w), draw.weight(stored, 1, k, k)
+            pairs = [draw.affine(used) for _ in range(groups)]
+            scale, shift = map(torch.stack, zip(*pairs, strict=True)) if affine else (None, None)
+            width = torch.tensor(used, dtype=torch.int32) if stride == 2 else None
+            found.append((image, weight, scale, shift, relu, stride, used, width, groups))
+    return found
+
+
 def _bn_act_cat() -> list[Arguments]:
     found: list[Arguments] = []
     for dtype in HALVES_TOO:
@@ -144,7 +157,7 @@ def _bn_act_cat_backward() -> list[Arguments]:
 BLOCK_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "bn_act_cat": _bn_act_cat,
     "bn_act_cat_backward": _bn_act_cat_backward,
-    "dw_bnstats": _dw_bnstats,
+    "dw_bnstats": lambda: [*_dw_bnstats(), *_dw_bnstats_in_groups()],
     "dw_bnstats_backward": _dw_bnstats_backward,
     "pw_bnstats": _pw_bnstats,
     "pw_bnstats_backward": _pw_bnstats_backward,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spos_fast.kernels import blocks, matrix
+from spos_fast.kernels import batchnorm, blocks, matrix
 from spos_fast.ops.dispatch import OPS
 from tests.ops.interpreter import (
     Arguments,
@@ -179,3 +179,17 @@ def test_same_bits_and_no_word_to_the_host(name: str) -> None:
         with NoWordToTheHost():
             again = getattr(blocks, name)(*given)
         assert identical(first, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_normalize(dtype: torch.dtype) -> None:
+    """Every layout that the launcher treats by itself, with groups: the error rule, the layout, and the same bits."""
+    reference = OPS["bn_normalize"].reference
+    for given in samples("bn_normalize", dtype, 400):
+        assert_twice_eagers_error_at_most(batchnorm.bn_normalize, reference, given)
+        with NoWordToTheHost():
+            made = batchnorm.bn_normalize(*given)
+        wanted = reference(*given)
+        assert identical(made, batchnorm.bn_normalize(*given))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            assert made.is_contiguous(memory_format=layout) == wanted.is_contiguous(memory_format=layout)

@@ -157,6 +157,35 @@ def test_same_bits_and_no_word_to_the_host(kind: str, size: Sizes, triton_only: 
         assert identical(first, kernel(*values))
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "save", "kernel"),
+    [
+        ("shuffle_unit", ON_DEVICE, False, "native"),
+        ("shuffle_unit", AFFINE, True, "triton"),
+        ("xception_unit", STRIDED, False, "triton"),
+    ],
+    ids=str,
+)
+def test_groups(kind: str, size: Sizes, save: bool, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group has the bits of a call of its own, with or without saving, and folded; NaN reaches no other."""
+    use_depthwise(kernel, monkeypatch)
+    x, *rest = given(kind, replace(size, samples=2 * size.samples))
+    x[-1, -1, 0, 0] = torch.nan
+    parts, (*stored, _, _), late = x.chunk(2), rest[:-3], rest[-3:]
+    train, infer = getattr(units, kind), getattr(units, f"{kind}_infer")
+    with NoWordToTheHost():
+        made = train(x, *rest, 1e-3, save, 2)
+    scales, shifts = torch.randn(2, 2, normalised(kind, size)).unbind()
+    folded = infer(x, *stored, scales, shifts, *late, 2)
+    for group, part in enumerate(parts):
+        out, saved, mean, var = train(part, *rest, 1e-3, save)
+        assert identical((made[0].chunk(2)[group], made[2][group], made[3][group]), (out, mean, var))
+        assert made[1][group].shape == saved.shape
+        assert bool(out.isnan().any()) == (group == 1)
+        alone = infer(part, *stored, scales[group], shifts[group], *late)
+        assert identical(folded.chunk(2)[group], alone)
+
+
 def test_layouts(triton_only: None) -> None:
     """An image in NCHW, weights of another layout and a strided gradient give the bits of the packed ones."""
     x, *rest = given("shuffle_unit", SPLIT)

@@ -52,7 +52,7 @@ def _bn_merge() -> list[Arguments]:
             batch_mean, batch_m2 = _states(generator, dtype)
             mean[1] = mean[1].transpose(0, 2).contiguous().transpose(0, 2)
             found.append((mean, var, done, batch_mean, batch_m2, count, mode, 3, 0.2, dtype == torch.float64))
-            found.append(([], [], [], batch_mean, batch_m2, count, mode, 0))
+            found.append(([], [], [], batch_mean, batch_m2, count, mode, 0, 0.1, False))
     return found
 
 

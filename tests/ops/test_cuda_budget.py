@@ -23,6 +23,10 @@ BUDGETS = {
     r"\dweight_gradientI.*Li[57]ELi[12]E": (12, 168),
     r"\dweight_gradient_of_tapI": (4, 64),
     r"\dnormalise_and_joinI": (8, 80),  # 4 dtypes, vectors and single channels
+    r"\dnormalize_columnsI": (8, 80),
+    r"\dnormalize_planesI": (8, 80),
+    r"\dmerge_layersI": (2, 64),
+    r"\dfinalize_layersI": (2, 64),
     r"\dsum_of_columnsI": (8, 96),
     r"\dfinish_momentsI": (2, 64),
     r"\dfinish_sumsI": (6, 64),

@@ -22,15 +22,16 @@ STATISTICS = {
     "other_scale", "other_shift", "means", "squares", "pivots", "mean_out", "second_out", "scale_out", "shift_out",
     "sums", "products", "sum_out", "product_out", "norm_out",
 }  # fmt: skip
+# Passes forwards are compiled anew for several groups; sizes are the same code.
 POINTWISE = [
-    ("forward_kernel", {"STEP": 1, "MULTIPLE": 8, "RELU": True}),
+    ("forward_kernel", {"STEP": 1, "MULTIPLE": 8, "RELU": True, "group_distance": None}),
     ("forward_kernel", {"STEP": 2, "MULTIPLE": 1, "RELU": True}),
     ("data_gradient_kernel", {"STEP": 1, "MULTIPLE": 1, "RELU": True, "IN_RELU": True}),
     ("data_gradient_kernel", {"STEP": 2, "MULTIPLE": 8, "RELU": False, "IN_RELU": False, "passed": "image"}),
     ("weight_gradient_kernel", {"STEP": 2, "MULTIPLE": 1, "RELU": True, "IN_RELU": True}),
 ]
 DEPTHWISE = [
-    ("forward_kernel", {"K": 3, "STRIDE": 1, "MULTIPLE": 4, "RELU": True}),
+    ("forward_kernel", {"K": 3, "STRIDE": 1, "MULTIPLE": 4, "RELU": True, "group_distance": None}),
     ("forward_kernel", {"K": 7, "STRIDE": 2, "MULTIPLE": 1, "RELU": True}),
     ("data_gradient_kernel", {"K": 5, "STRIDE": 1, "MULTIPLE": 4, "RELU": True, "IN_RELU": True}),
     ("data_gradient_kernel", {"K": 7, "STRIDE": 2, "MULTIPLE": 1, "RELU": True, "IN_RELU": True}),
@@ -38,7 +39,7 @@ DEPTHWISE = [
 ]
 OTHERS = [
     ("concatenate_kernel", {"STEP": 2, "MULTIPLE": 8, "RELU": True, "other_scale": None, "other_shift": None}),
-    ("concatenate_kernel", {"STEP": 1, "MULTIPLE": 1, "RELU": True}),
+    ("concatenate_kernel", {"STEP": 1, "MULTIPLE": 1, "RELU": True, "group_distance": None}),
     ("sums_kernel", {"MULTIPLE": 1, "RELU": True}),
 ]
 MERGING = ["moments_kernel", "sums_kernel", "weight_kernel", "scale_shift_kernel"]

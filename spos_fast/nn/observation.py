@@ -1,0 +1,213 @@
+"""What the batch normalisation layers of a network see while it runs, without a second read of their inputs.
+
+Calls of ``torch.nn.functional.batch_norm`` on a layer's buffers are intercepted, whoever makes them: the layer itself,
+or a module that runs a slice of it. The fused blocks report what they have computed anyway. Layers with a forward of
+their own that goes neither way are watched by hooks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from spos_fast.errors import InputError
+from spos_fast.ops import bn_moments
+
+# Layer; which of its channels (None: all); mean and unbiased variance of the batch there; values a channel.
+Receiver = Callable[[_BatchNorm, "slice | Tensor | None", Tensor, Tensor, int], None]
+
+_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+# No variance is negative: a layer that still has this one has not moved it.
+_UNTOUCHED = -1.0
+
+
+@contextmanager
+def observing(names: Mapping[_BatchNorm, str], receive: Receiver) -> Iterator[None]:
+    """Hand the batch statistics of layers to ``receive``, call by call, as long as the context lasts.
+
+    Layers must be in training mode. Those whose statistics are seen as they are computed do not move their own; the
+    others may, so the caller puts the buffers back. SyncBatchNorm runs on its own process' batch.
+
+    Args:
+        names: the layers, all with running statistics, and what to call them in errors.
+        receive: takes the layer, its channels that ran (None for all), float32 or float64 mean and unbiased variance
+            ``[channels]``, and the number of values a channel.
+    """
+    observer = _Observer(names, receive)
+    token = _current.set(observer)
+    try:
+        with ExitStack() as stack:
+            for layer in names:
+                if "forward" in vars(layer) or type(layer).forward not in _PLAIN_FORWARDS:
+                    stack.enter_context(_watched(layer, observer))
+                elif isinstance(layer, nn.SyncBatchNorm):
+                    stack.enter_context(_without_other_processes(layer))
+            stack.enter_context(observer)
+            yield
+    finally:
+        _current.reset(token)
+
+
+def report(
+    norms: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
+) -> bool:
+    """For ops that normalise several layers: whether somebody observes them, who then has their statistics.
+
+    Args:
+        norms: the layers.
+        means, variances: of the batch, one a layer, of its first channels or of all; variances divided by the count.
+        counts: values a channel.
+    """
+    observer = _current.get()
+    if observer is None or not all(norm in observer.names for norm in norms):
+        return False
+    for norm, mean, var, count in zip(norms, means, variances, counts, strict=True):
+        observer.check_count(norm, count)
+        channels = None if len(mean) == norm.num_features else slice(0, len(mean))
+        observer.hand_over(norm, channels, mean, var * (count / (count - 1)), count)
+    return True
+
+
+class _Observer(TorchFunctionMode):
+    """Looks into every call of batch_norm on the buffers of the observed layers."""
+
+    def __init__(self, names: Mapping[_BatchNorm, str], receive: Receiver) -> None:
+        super().__init__()
+        self.names = names
+        self.calls: defaultdict[_BatchNorm, int] = defaultdict(int)
+        self._receive = receive
+        self._buffers: defaultdict[int, list[tuple[_BatchNorm, Tensor]]] = defaultdict(list)
+        for layer in names:
+            if layer.running_mean is not None:
+                self._buffers[layer.running_mean.untyped_storage().data_ptr()].append((layer, layer.running_mean))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.batch_norm:
+            return self._batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def hand_over(
+        self, layer: _BatchNorm, channels: slice | Tensor | None, mean: Tensor, var: Tensor, count: int
+    ) -> None:
+        """Statistics of one call go to who wants them."""
+        self.calls[layer] += 1
+        self._receive(layer, channels, mean, var, count)
+
+    def check_count(self, layer: _BatchNorm, count: int) -> None:
+        """Refuse a call that has no variance."""
+        if count < 2:
+            raise InputError(
+                f"batches: layer {self.names[layer]} gets {count or 'no'} value{'s' * (count != 1)} a channel from a "
+                "batch, which has no variance; use larger batches, and drop_last=True in a loader whose last is smaller"
+            )
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        found = self._owner(running_mean) if training and running_mean is not None else None
+        if found is None or running_mean is None:
+            return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        layer, channels = found
+        count = values_per_channel(input)
+        self.check_count(layer, count)
+        if running_mean.dtype in (torch.float32, torch.float64):
+            # Momentum 1 leaves nothing of the zeros: these are the statistics that the batch is normalised with.
+            mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_mean)
+            out = functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+        else:  # they would be rounded to the half precision of the buffers
+            mean, var = _moments(input)
+            out = functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+        self.hand_over(layer, channels, mean, var, count)
+        return out
+
+    def _owner(self, running_mean: Tensor) -> tuple[_BatchNorm, slice | None] | None:
+        """The layer that a vector of running means is a view of, and which of its channels."""
+        for layer, whole in self._buffers.get(running_mean.untyped_storage().data_ptr(), ()):
+            start = running_mean.storage_offset() - whole.storage_offset()
+            stop = start + len(running_mean)
+            if start >= 0 and stop <= len(whole) and running_mean.stride() == whole.stride():
+                return layer, None if len(running_mean) == len(whole) else slice(start, stop)
+        return None
+
+
+_current: ContextVar[_Observer | None] = ContextVar("observer", default=None)
+
+
+def values_per_channel(x: Tensor) -> int:
+    """Of a tensor ``[N, C, ...]``."""
+    return x.numel() // x.shape[1]
+
+
+@contextmanager
+def _watched(layer: _BatchNorm, observer: _Observer) -> Iterator[None]:
+    """A layer with a forward of its own: if batch_norm was not seen on its buffers, its input is read once more."""
+    entered: list[int] = []
+
+    def before(_: nn.Module, args: Any) -> None:
+        entered.append(observer.calls[layer])
+        layer.running_var.fill_(_UNTOUCHED)  # type: ignore[union-attr]
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if observer.calls[layer] != entered.pop():
+            return
+        x = next(iter((*args, *kwargs.values())))
+        count = values_per_channel(x)
+        observer.check_count(layer, count)
+        channels, kept = _moved(layer, x.shape[1])
+        mean, var = _moments(x)
+        observer.hand_over(
+            layer, channels, mean if kept is None else mean[kept], var if kept is None else var[kept], count
+        )
+
+    hooks = layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _moved(layer: _BatchNorm, width: int) -> tuple[slice | Tensor | None, Tensor | None]:
+    """The channels of a layer that its forward has moved, and which of the input's ``width`` channels they are (None:
+    all). A layer that masks its channels may use any of them, and not all that come in.
+    """
+    moved = (layer.running_var != _UNTOUCHED).nonzero().flatten()  # type: ignore[union-attr]
+    if width == layer.num_features:
+        return (None, None) if len(moved) in (0, width) else (moved, moved)
+    return (moved if len(moved) == width else slice(0, width)), None
+
+
+@contextmanager
+def _without_other_processes(layer: nn.SyncBatchNorm) -> Iterator[None]:
+    """SyncBatchNorm waits for all processes in training mode, and refuses a CPU; its base class does neither."""
+    layer.forward = MethodType(_BatchNorm.forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of every channel of ``[N, C, ...]``, at least float32."""
+    mean, m2 = bn_moments(x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1))
+    return mean[0], m2[0] / (values_per_channel(x) - 1)

@@ -1,4 +1,4 @@
-"""Scoring generations of the paper's evolution: the published procedure against the Evaluator, and what makes the gain.
+"""Scoring generations of evolution: the published procedure against the Evaluator, and what makes it faster.
 
     python -m bench.population --threads 2      # 96 x 96, ten minutes; writes bench/results/population/
     python -m bench.population --device cuda --size 224 --dtype bfloat16 --batches 16

@@ -76,7 +76,7 @@ class Evaluator:
             images then come in a random order that never changes. None: all candidates see all images.
 
     Raises:
-        InputError: empty image sets, labels below 0, batch sizes below 1 (below 2 for calibration), or early stopping
+        InputError: empty image sets, batch sizes below 1 (below 2 for calibration), or early stopping
             with all validation images in one batch.
     """
 
@@ -300,9 +300,10 @@ class _Tally:
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    highest = int(labels.max())
-    if highest >= logits.shape[1]:
-        raise InputError(f"labels: there is a class {highest}; the network gives {logits.shape[1]} logits")
+    lowest, highest = (int(label) for label in labels.aminmax())
+    for label in (lowest, highest):
+        if not 0 <= label < logits.shape[1]:
+            raise InputError(f"labels: there is a class {label}; the network gives {logits.shape[1]} logits")
 
 
 class _Classifier(nn.Module):

@@ -81,16 +81,14 @@ class Probe:
             parts: at every depth.
             images: what goes into the stem, a few of them.
         """
-        made, working, x = [], 0, images
-        for level in parts.levels:
-            for part in level[1:]:
-                if part.key not in self._known:
-                    self._measure(part, x)
-            x = self._measure(level[0], x)
-            known = [self._known[part.key] for part in level]
-            made.append(max(out for out, _ in known))
-            working = max(working, *(need for _, need in known))
-        return Needs(made[:-1], working)
+        if any(part.key not in self._known for level in parts.levels for part in level):
+            x = images
+            for level in parts.levels:
+                outputs = [self._measure(part, x) for part in level]
+                x = outputs[0]
+        known = [[self._known[part.key] for part in level] for level in parts.levels]
+        made = [max(out for out, _ in level) for level in known]
+        return Needs(made[:-1], max(need for level in known for _, need in level))
 
     def _measure(self, part: Part, x: Tensor) -> Tensor:
         ((out, moments),) = part.calibrate([x])

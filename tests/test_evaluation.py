@@ -143,9 +143,10 @@ def test_sets_smaller_than_a_batch_and_single_values(tiny_space, digits):
 def test_labels_without_a_logit_are_refused(tiny_space, digits):
     """Before anything is scored."""
     images = digits.validation()
-    wrong = dataclasses.replace(images, labels=images.labels + 5)
-    with pytest.raises(InputError, match="class 14"):
-        Evaluator(tiny_space.supernet(), images, wrong)([tiny_space.everywhere(0)])
+    for change, says in ((5, "class 14"), (-1, "class -1")):
+        wrong = dataclasses.replace(images, labels=images.labels + change)
+        with pytest.raises(InputError, match=says):
+            Evaluator(tiny_space.supernet(), images, wrong)([tiny_space.everywhere(0)])
 
 
 def test_empty_sets_and_silly_batches_are_refused(tiny_space, digits):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bench.memory import TensorsAlive
-from spos_fast import Architecture, Evaluator, InputError, data
+from spos_fast import Architecture, Evaluator, InputError, data, memory
 from spos_fast.calibration import recalibrate
 from spos_fast.nn import parts
 from spos_fast.spaces import ShuffleNetV2
@@ -60,10 +60,10 @@ def test_scores_equal_those_of_every_candidate_alone(images, kind, mode):
     assert len({score.loss for score in expected}) > 5
     assert alone(archs) == expected
     assert alone(archs[::-1]) == expected[::-1]
-    for memory in (2_500_000, 1_200_000):
-        assert Evaluator(net, *images, memory=memory, **options)(archs) == expected
-    for memory in (None, 6_000_000):
-        assert Evaluator(net, *images, memory=memory, stacked=True, **options)(archs) == expected
+    for budget in (2_500_000, 1_200_000):
+        assert Evaluator(net, *images, memory=budget, **options)(archs) == expected
+    for budget in (None, 6_000_000):
+        assert Evaluator(net, *images, memory=budget, stacked=True, **options)(archs) == expected
 
 
 def test_plain_modules_give_the_same_statistics_and_scores(images):
@@ -122,13 +122,13 @@ def test_memory_stays_within_the_budget(images, stacked):
     space = _space()
     net, archs = space.supernet(), _archs(space, 40)
     peaks = []
-    for memory in (24_000_000, 3_000_000, 1_500_000):
-        evaluator = Evaluator(net, *images, memory=memory, stacked=stacked)
+    for budget in (24_000_000, 3_000_000, 1_500_000):
+        evaluator = Evaluator(net, *images, memory=budget, stacked=stacked)
         evaluator(archs[:1])  # what is made once does not count
         gc.collect()
         with TensorsAlive() as alive:
             evaluator(archs)
-        assert alive.most < memory
+        assert alive.most < budget
         peaks.append(alive.most)
     assert peaks[-1] < peaks[0]
     with pytest.raises(InputError, match="memory: got 100,000 bytes; a batch of 60"):
@@ -236,3 +236,16 @@ def test_autocast_scores_are_near(images):
         scores = evaluator(archs)
         assert scores == [evaluator([arch])[0] for arch in archs]
     assert [score.loss for score in scores] == pytest.approx([score.loss for score in exact], rel=0.05)
+
+
+def test_a_container_s_limit_counts_as_free_memory(tmp_path, monkeypatch):
+    """What a control group has left, caches not counted as used; without a limit what the system has."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    whole = memory.free_memory(device)
+    assert 1 << 20 < whole < 1 << 50
+    for name, text in (("max", "5000\n"), ("current", "3000\n"), ("stat", "anon 100\ninactive_file 500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.free_memory(device) == 2500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory(device) > 1 << 20

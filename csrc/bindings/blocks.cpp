@@ -148,7 +148,8 @@ Statistics3 pw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
                                                                weight.size(1),
                                                                static_cast<T*>(z.mutable_data_ptr()),
                                                                out,
-                                                               {}},
+                                                               {},
+                                                               false},
                                                   parallel_for);
         mean = statistics_tensor<A>(x, moments.mean, out), m2 = statistics_tensor<A>(x, moments.m2, out);
     });
@@ -174,7 +175,8 @@ Statistics3 dw_bnstats_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
                                                                    static_cast<const T*>(packed.const_data_ptr()),
                                                                    static_cast<T*>(part_to_fill(z, group, groups)),
                                                                    channels,
-                                                                   {}},
+                                                                   {},
+                                                                   false},
                                                       pool);
             fill_statistics(moments.mean, channels, static_cast<A*>(part_to_fill(mean, group, groups)));
             fill_statistics(moments.m2, channels, static_cast<A*>(part_to_fill(m2, group, groups)));

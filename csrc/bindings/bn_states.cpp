@@ -39,24 +39,11 @@ class Given {
     Tensors packed_;
 };
 
-// Uninitialised and packed. Past the dispatcher, which new_empty() goes through: with thousands of short vectors that
-// would be most of an op's time.
+// Uninitialised and packed.
 Tensors new_like(const Tensors& like, ScalarType type) {
-    const int32_t dtype = type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    int32_t device_type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like[0].get(), &device_type));
     Tensors made;
     made.reserve(like.size());
-    std::vector<int64_t> strides;
-    for (const Tensor& tensor : like) {
-        const auto size = tensor.sizes();
-        strides.assign(size.size(), 1);
-        for (size_t dim = size.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * size[dim];
-        AtenTensorHandle handle;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), dtype, device_type,
-                                                        tensor.get_device_index(), &handle));
-        made.emplace_back(handle);
-    }
+    for (const Tensor& tensor : like) made.push_back(torch::stable::new_empty(tensor, tensor.sizes(), type));
     return made;
 }
 

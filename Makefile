@@ -15,8 +15,9 @@ FORMATTED := $(shell find csrc kernels/cuda tests/csrc -name '*.h' -o -name '*.c
 demo: build
 	$(BIN)/spos-fast demo
 
+# A process a core, each with whole files, so that what a file's tests share is made once. Plain pytest takes turns.
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: build
 	$(BIN)/ruff check .

@@ -90,6 +90,7 @@ def pareto_search(
         InputError: Optuna is not installed, settings that make no search, or an infeasible constraint.
     """
     objectives = check_objectives(objectives)
+    require_optuna()
     if "latency_ms" in objectives and "latency_ms" not in space.cost_tables:
         raise InputError("objectives: latency_ms needs a latency table; attach one that `spos-fast latency` wrote")
     if population < 2:
@@ -119,7 +120,7 @@ def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
     """The objectives as a tuple.
 
     Raises:
-        InputError: they are no two or more different ones with accuracy among them, or Optuna is not installed.
+        InputError: they are no two or more different ones with accuracy among them.
     """
     names = (objectives,) if isinstance(objectives, str) else tuple(objectives)
     for name in names:
@@ -127,9 +128,17 @@ def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
             raise InputError(f"objectives: got {name!r}; expected some of {', '.join(OBJECTIVES)}")
     if len(names) < 2 or "accuracy" not in names or len(set(names)) < len(names):
         raise InputError(f"objectives: got {', '.join(names) or 'none'}; expected accuracy and one or more other ones")
+    return names
+
+
+def require_optuna() -> None:
+    """Say what to install where a Pareto search could not run.
+
+    Raises:
+        InputError: Optuna is not installed.
+    """
     if importlib.util.find_spec("optuna") is None:
         raise InputError("objectives: a search for several needs Optuna; pip install 'spos-fast[pareto]'")
-    return names
 
 
 class _Breeder:

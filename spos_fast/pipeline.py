@@ -27,7 +27,7 @@ from spos_fast.errors import CheckpointError, InputError
 from spos_fast.evaluation import Evaluator, evaluate
 from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
 from spos_fast.latency import LatencyTable
-from spos_fast.pareto import ParetoResult, pareto_search
+from spos_fast.pareto import ParetoResult, pareto_search, require_optuna
 from spos_fast.recording import Listener, RecordedScores, shared_records
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
@@ -93,8 +93,9 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
     """Refuse what a stage could not do, before anything is written.
 
     Raises:
-        InputError: an infeasible constraint, more calibration images than there are, early stopping without a second
-            batch or with several objectives, or a batch or population that the processes cannot share.
+        InputError: an infeasible constraint, a limit of latency without a table, objectives without Optuna, more
+            calibration images than there are, early stopping without a second batch or with several objectives, or a
+            batch or population that the processes cannot share.
         CheckpointError: the published supernet does not fit.
     """
     try:
@@ -102,6 +103,8 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
             limited = {*config.search.constraint.bounds(), *config.search.objectives}
             if "latency_ms" in limited and not config.search.latency_table:
                 raise InputError("latency_table: a limit or objective of latency needs one, of `spos-fast latency`")
+            if config.search.objectives:
+                require_optuna()
             UniformSampler(space, config.search.constraint)
             if config.search.calibration_images > source.train_size:
                 asked = config.search.calibration_images

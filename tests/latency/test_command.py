@@ -1,5 +1,6 @@
 """``spos-fast latency`` and what a run does with its table."""
 
+import importlib.util
 import json
 import shutil
 
@@ -40,6 +41,7 @@ def test_a_search_is_limited_and_goes_on(table, tmp_path, capsys):
     """Every candidate has its latency and lies below the limit; half a Pareto search is gone on with, even after the
     table's file is gone, to the same front; a member of it is retrained by its label.
     """
+    pytest.importorskip("optuna", reason="Optuna is not installed: pip install 'spos-fast[pareto]'")
     given = tmp_path / "table.json"
     shutil.copy(table, given)
     content = json.loads(table.read_text())
@@ -133,6 +135,15 @@ def test_searches_with_a_wrong_table_are_refused(table, tmp_path, capsys):
     ):
         _refused(capsys, [*run, *arguments], says)
         assert not (tmp_path / "run").exists(), arguments
+
+
+def test_without_optuna_a_search_for_several_says_so(tmp_path, capsys, monkeypatch):
+    """Before a folder is made."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name))
+    run = ["demo", "--folder", str(tmp_path / "run"), *TINY, *SEARCH, "--search.objectives", "accuracy,macs"]
+    _refused(capsys, run, "search.objectives: a search for several needs Optuna")
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_machine_is_a_warning(table, tmp_path, capsys):

@@ -23,9 +23,9 @@ def test_opcheck(kind: str, suffix: str) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch itself checks them."""
     op = getattr(torch.ops.spos_fast, kind + suffix).default
     samples = SAMPLES[kind + suffix]()
-    for position, arguments in enumerate((*samples[:7:3], samples[-1])):
+    grouped = [] if "backward" in suffix else samples[-1:]
+    for position, arguments in enumerate((*samples[:7:3], *grouped)):
         # The third has a width on the device; with save=False, for what is saved of absent channels is not specified.
-        # The last has groups.
         grad = "backward" not in suffix and position != 2
         inputs = [
             v.detach().requires_grad_(grad) if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments

@@ -104,7 +104,12 @@ def test_nan_weights_fail_and_do_not_spread(evaluator, tiny_space):
     with torch.no_grad():
         evaluator.net.features[1][0].branch_main[0].weight.fill_(float("nan"))
     genes = ([1, 0, 1, 1], [1, 1, 1, 1], [1, 0, 2, 3], [0, 0, 0, 0])
-    broken = evaluator([tiny_space.architecture(each) for each in genes])
+    archs = [tiny_space.architecture(each) for each in genes]
+    broken = evaluator(archs)
+    stacked = Evaluator(evaluator.net, evaluator.calibration, evaluator.validation, calibration_batch=64, stacked=True)(
+        archs
+    )
+    assert [score.failed for score in stacked] == [True, False, True, True] and stacked[1] == expected
     assert [score.failed for score in broken] == [True, False, True, True]
     assert broken[1] == expected
     for score in (broken[0], broken[2], broken[3]):
@@ -134,7 +139,7 @@ def test_sets_smaller_than_a_batch_and_single_values(tiny_space, digits):
     tiny = [dataclasses.replace(part, pixels=part.pixels[:, :, :2, :2]) for part in (one, few)]
     net = space.supernet()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(InputError, match="one value a channel"):
+    with pytest.raises(InputError, match="value a channel"):
         Evaluator(net, *tiny)([space.everywhere(0)])
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert Evaluator(net, tiny[1], tiny[1])([space.everywhere(0)])[0].images == 3

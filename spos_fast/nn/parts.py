@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from spos_fast import ops
 from spos_fast.errors import InputError
 from spos_fast.nn import fused
+from spos_fast.nn.observation import observing
 from spos_fast.nn.units import Unit
 
 
@@ -128,40 +129,33 @@ class Part:
         return cast(Tensor, self.module(x) if self.mid is None else self.module(x, self.mid))
 
     def _calibrate_modules(self, x: Tensor) -> tuple[Tensor, Moments]:
-        counts: dict[nn.Module, int] = {}
+        seen: dict[_BatchNorm, tuple[Tensor, Tensor, int]] = {}
 
-        def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if layer in counts:
+        def take(layer: _BatchNorm, channels: slice | Tensor | None, mean: Tensor, var: Tensor, count: int) -> None:
+            if layer in seen:
                 raise InputError("net: a normalisation layer runs twice in one forward; its statistics are not defined")
-            values = inputs[0].numel() // inputs[0].shape[1]
-            if values < 2:
-                raise _single_value(inputs[0])
-            counts[layer] = values
+            if channels is not None:  # of those that do not run, mean 0 and variance 1
+                some = mean, var
+                mean, var = mean.new_zeros(layer.num_features), var.new_ones(layer.num_features)
+                mean[channels], var[channels] = some
+            seen[layer] = mean, var * ((count - 1) / count), count
 
-        fresh = [
-            {
-                name: torch.ones_like(buffer) if name == "running_var" else torch.zeros_like(buffer)
-                for name, buffer in layer.named_buffers(recurse=False)
-            }
-            for layer in self.norms
-        ]
-        hooks = [layer.register_forward_pre_hook(count) for layer in self.norms]
-        momenta = [layer.momentum for layer in self.norms]
+        names = {layer: name for name, layer in self.module.named_modules() if layer in self.norms}
+        copies = [{name: value.clone() for name, value in layer.named_buffers(recurse=False)} for layer in self.norms]
         try:
-            with _lent(self.norms, fresh):
+            with _lent(self.norms, copies), observing(names, take):
                 for layer in self.norms:
-                    # With momentum 1 the running statistics are the batch's.
-                    layer.training, layer.momentum = True, 1.0
+                    layer.training = True
                 out = self._run(x)
         finally:
-            for layer, momentum in zip(self.norms, momenta, strict=True):
-                layer.training, layer.momentum = False, momentum
-            for hook in hooks:
-                hook.remove()
-        taken = [counts.get(layer, 2) for layer in self.norms]  # a layer that does not run keeps mean 0, variance 1
-        means = [buffers["running_mean"][:width] for buffers, width in zip(fresh, self.widths, strict=True)]
-        unbiased = [buffers["running_var"][:width] for buffers, width in zip(fresh, self.widths, strict=True)]
-        return out, Moments(means, [var * ((n - 1) / n) for var, n in zip(unbiased, taken, strict=True)], taken)
+            for layer in self.norms:
+                layer.training = False
+        # A layer that did not run keeps what it has; nothing reads it.
+        unseen = [(copy["running_mean"], copy["running_var"], 2) for copy in copies]
+        made = [seen.get(layer, kept) for layer, kept in zip(self.norms, unseen, strict=True)]
+        means = [mean[:width] for (mean, _, _), width in zip(made, self.widths, strict=True)]
+        variances = [var[:width] for (_, var, _), width in zip(made, self.widths, strict=True)]
+        return out, Moments(means, variances, [count for *_, count in made])
 
     def _infer_modules(self, x: Tensor, statistics: Statistics) -> Tensor:
         buffers = []

@@ -78,7 +78,7 @@ constexpr int64_t kLine = 64;
 // R pixels by `kPacks` packs in registers, from pack `first` on. Pixels are reached from every third one's pointer: one
 // pointer a pixel would not fit in the general registers, and base + pitch and base + 2 pitch cost nothing.
 template <typename V, int R, int kPacks, typename A, typename To>
-SPOS_SIMD_INLINE void tile(const PointwisePanel<A>& p, int64_t pixel, int64_t first, const To to) {
+SPOS_SIMD_INLINE void tile(const PointwisePanel<A>& p, int64_t pixel, int64_t first, const To& to) {
     constexpr int kLanes = sizeof(V) / sizeof(A), kParts = kPack / kLanes, N = kPacks * kParts, kGroups = (R + 2) / 3;
     const A* base[kGroups];
 #pragma GCC unroll 8

@@ -131,7 +131,9 @@ def test_a_recalibrated_path_is_the_recalibrated_network(space, mode):
     arch = space.sample(np.random.default_rng(5))
     (score,) = Evaluator(net, calibration, validation, mode=mode, calibration_batch=64, batch_size=50)([arch])
     plain = net.extract(arch)
-    recalibrate(plain, list(calibration.batches(64)), mode)
+    batches = list(calibration.batches(64))
+    recalibrate(plain, batches, mode)
+    recalibrate(net, batches, mode, modules=net.path(arch), forward=lambda images: net(images, arch))
     for name, value in net.extract(arch).state_dict().items():
         # Convolutions of a slice and of a network add up in another order.
         torch.testing.assert_close(plain.state_dict()[name], value, rtol=1e-4, atol=1e-5)

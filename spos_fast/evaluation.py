@@ -98,8 +98,15 @@ class Evaluator:
                 raise InputError(f"{name}: has no images")
         if not isinstance(net, Supernet):
             raise InputError(f"net: got {type(net).__name__}; expected a Supernet (evaluate() takes plain networks)")
+        if type(net).forward is not Supernet.forward or "forward" in vars(net):
+            raise InputError(f"net: {type(net).__name__} has a forward of its own, but the Evaluator runs net's blocks")
         if mode not in MODES:
             raise InputError(f"mode: got {mode!r}; expected one of {', '.join(MODES)}")
+        for name, value in (("calibration_batch", calibration_batch), ("batch_size", batch_size), ("memory", memory)):
+            if not isinstance(value, int) and not (name == "memory" and value is None):
+                raise InputError(f"{name}: got {value!r}; expected a whole number")
+        if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
+            raise InputError(f"early_stopping: got {early_stopping!r}; expected an EarlyStopping, or None")
         if calibration_batch < 2:
             raise InputError(f"calibration_batch: got {calibration_batch}; batch statistics need at least 2 images")
         if batch_size < 1:
@@ -128,6 +135,7 @@ class Evaluator:
                 of; labels that the network has no logit for; ``memory`` that one batch does not fit in. The supernet is
                 untouched then.
         """
+        archs = list(archs)
         routes = [tuple(self.net.route(arch)) for arch in archs]
         different = list(dict.fromkeys(routes))
         with torch.no_grad(), _evaluation_mode(self.net):

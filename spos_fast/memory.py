@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spos_fast.nn.parts import Part
+from spos_fast.nn.parts import HeadPart, Part
 from spos_fast.prefix_tree import Parts
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -91,10 +93,32 @@ class Probe:
         return Needs(made[:-1], max(need for level in known for _, need in level))
 
     def _measure(self, part: Part, x: Tensor) -> Tensor:
-        ((out, moments),) = part.calibrate([x])
+        with _outputs(part.module) as inner:
+            ((out, moments),) = part.calibrate([x])
         made = 0 if out is None else out.numel() * out.element_size()
         values = sum(len(mean) * count for mean, count in zip(moments.mean, moments.counts, strict=True))
         convolved = values * x.element_size()
-        total = x.numel() * x.element_size() + convolved + made
+        if isinstance(part, HeadPart):  # in validation, what its normalisation makes, too
+            convolved *= 2
+        # Modules that run one by one may make more; their input is copied.
+        total = x.numel() * x.element_size() * (2 if inner else 1) + max(convolved, sum(inner.values())) + made
         self._known[part.key] = -(-made // len(x)), -(-total // len(x))
         return x if out is None else out
+
+
+@contextmanager
+def _outputs(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of what the innermost modules put out meanwhile, by address. Fused ops run none of them."""
+    found: dict[int, int] = {}
+
+    def see(_module: nn.Module, _inputs: object, out: object) -> None:
+        if isinstance(out, Tensor):
+            at = out.data_ptr()
+            found[at] = max(found.get(at, 0), out.numel() * out.element_size())
+
+    hooks = [inner.register_forward_hook(see) for inner in module.modules() if not list(inner.children())]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

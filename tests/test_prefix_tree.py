@@ -1,6 +1,7 @@
 """A generation scored as a tree gives what every candidate gives alone, within its memory; every prefix runs once."""
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from torch import nn
 from bench.memory import TensorsAlive
 from spos_fast import Architecture, Evaluator, InputError, data, memory
 from spos_fast.calibration import recalibrate
-from spos_fast.nn import parts
+from spos_fast.nn import ShuffleUnit, parts
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.supernet import Supernet
 
@@ -223,6 +224,66 @@ def test_hooks_see_their_modules_run(images):
     net.features[2][1].branch_main[0].register_forward_hook(lambda *_: seen.append(1))
     (after,) = evaluator([arch])
     assert seen and after.loss == pytest.approx(before.loss, rel=1e-5)
+
+
+def test_a_block_with_a_hook_or_a_forward_of_its_own_runs_it(images):
+    """What the fused op would pass by changes the scores, in the tree as by hand."""
+    torch.manual_seed(0)
+    space = _space()
+    arch = space.everywhere(1)
+
+    class Silent(ShuffleUnit):
+        def forward(self, x, mid=None):
+            return super().forward(x, mid) * 0
+
+    def hooked(block):
+        block.register_forward_hook(lambda _module, _inputs, out: out * 0)
+
+    def overridden(block):
+        block.forward = lambda x, mid=None: type(block).forward(block, x, mid) * 0
+
+    def subclassed(block):
+        block.__class__ = Silent
+
+    for change in (hooked, overridden, subclassed):
+        net = space.supernet()
+        (before,) = Evaluator(net, *images)([arch])
+        change(net.features[-1][1])
+        (after,) = Evaluator(net, *images)([arch])
+        assert after.loss != before.loss and after.loss == pytest.approx(np.log(space.num_classes)), change.__name__
+
+
+def test_blocks_that_write_to_their_input_do_not_touch_their_siblings(images):
+    """An input is shared by all candidates of a layer; so is what a skip connection hands on."""
+    torch.manual_seed(0)
+    space = _space()
+    net = space.supernet()
+    for layer, candidates in enumerate(net.features):
+        if layer == 0:
+            continue
+        channels = candidates[0].branch_in * 2
+        for choice, block in enumerate(
+            (
+                nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)),
+                nn.Identity(),
+                nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)),
+            )
+        ):
+            if candidates[choice].splits:
+                candidates[choice] = _Widthless(block)
+    archs = [space.architecture(genes) for genes in itertools.product(range(3), repeat=len(net.features))]
+    for stacked in (False, True):
+        evaluator = Evaluator(net, *images, stacked=stacked)
+        assert evaluator(archs) == [evaluator([arch])[0] for arch in archs]
+
+
+class _Widthless(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, mid):
+        return self.block(x)
 
 
 def test_autocast_scores_are_near(images):

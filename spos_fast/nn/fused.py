@@ -102,6 +102,8 @@ def match(
 
     Args: see :func:`run`. Whether the op takes the images (:func:`takes`) and has a kernel for them is not looked at.
     """
+    if any(type(each) is not nn.Sequential for each in (branch, projection) if each is not None):
+        return None
     layers = [*branch._modules.values()]
     if projection is not None:
         layers += projection._modules.values()

@@ -78,7 +78,8 @@ class Part:
         self.norms = [layer for layer in layers if layer.running_mean is not None]
         self.widths = [layer.num_features for layer in self.norms]
         self._block: fused.Block | None = None
-        if isinstance(module, Unit) and self.norms == layers:
+        own_forward = type(module).forward is not Unit.forward or fused.changed(module)
+        if isinstance(module, Unit) and not own_forward and self.norms == layers:
             self.widths, self._block = module.normalised(mid), module.matched(mid)
         self.fuses = self._block is not None
 
@@ -102,7 +103,7 @@ class Part:
             InputError: a layer gets a single value a channel, which has no variance, or runs twice.
         """
         block, groups, x = self._block, len(inputs), inputs[0]
-        if block is None or not fused.takes(x) or not fused.has_kernel(block.plan.op, x):
+        if block is None or not _taken(inputs) or not fused.has_kernel(block.plan.op, x):
             return [self._calibrate_modules(x) for x in inputs]
         # The least that a layer of the unit can get.
         if x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) < 2:
@@ -119,13 +120,15 @@ class Part:
     def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
         """For batches of one shape the outputs, each normalised by given statistics."""
         block, groups, x = self._block, len(inputs), inputs[0]
-        if block is None or not fused.takes(x) or not fused.has_kernel(f"{block.plan.op}_infer", x):
+        if block is None or not _taken(inputs) or not fused.has_kernel(f"{block.plan.op}_infer", x):
             return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
         scales, shifts = ([getattr(each, name) for each in statistics] for name in ("scale", "shift"))
         scale, shift = (values[0] if groups == 1 else torch.stack(values) for values in (scales, shifts))
         return list(fused.infer(block, _stacked(inputs), scale, shift, groups).split(len(x)))
 
     def _run(self, x: Tensor) -> Tensor:
+        # Others read x too, and a module may write to its input, or return it for the next one to write to.
+        x = x.clone()
         return cast(Tensor, self.module(x) if self.mid is None else self.module(x, self.mid))
 
     def _calibrate_modules(self, x: Tensor) -> tuple[Tensor, Moments]:
@@ -150,8 +153,8 @@ class Part:
         finally:
             for layer in self.norms:
                 layer.training = False
-        # A layer that did not run keeps what it has; nothing reads it.
-        unseen = [(copy["running_mean"], copy["running_var"], 2) for copy in copies]
+        # Of a layer that did not run nothing is read.
+        unseen = [(torch.zeros_like(copy["running_mean"]), torch.ones_like(copy["running_var"]), 2) for copy in copies]
         made = [seen.get(layer, kept) for layer, kept in zip(self.norms, unseen, strict=True)]
         means = [mean[:width] for (mean, _, _), width in zip(made, self.widths, strict=True)]
         variances = [var[:width] for (_, var, _), width in zip(made, self.widths, strict=True)]
@@ -181,7 +184,7 @@ class HeadPart(Part):
     def __init__(self, last: nn.Module, classifier: nn.Module) -> None:
         super().__init__(nn.Sequential(last, classifier))
         self.key, self.classifier = (last, None), classifier
-        found = fused.match_pointwise(last) if isinstance(last, nn.Sequential) else None
+        found = fused.match_pointwise(last) if type(last) is nn.Sequential else None
         # None unless the last convolution does what the ops do.
         self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
         self.fuses = self._convolution is not None
@@ -189,7 +192,7 @@ class HeadPart(Part):
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
         """For each batch its statistics, and no output."""
         convolution, x = self._convolution, inputs[0]
-        if convolution is None or not fused.takes(x) or not fused.has_kernel("pw_bnstats", x):
+        if convolution is None or not _taken(inputs) or not fused.has_kernel("pw_bnstats", x):
             return [self._calibrate_modules(x) for x in inputs]
         values = x.numel() // x.shape[1]
         if values < 2:
@@ -200,7 +203,7 @@ class HeadPart(Part):
     def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
         """Logits for each batch, normalised by given statistics."""
         convolution, x = self._convolution, inputs[0]
-        if convolution is None or not fused.takes(x) or not fused.has_kernel("bn_normalize", x):
+        if convolution is None or not _taken(inputs) or not fused.has_kernel("bn_normalize", x):
             return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
         logits = []
         for x, given in zip(inputs, statistics, strict=True):
@@ -208,6 +211,11 @@ class HeadPart(Part):
             scale, shift = cast(Tensor, given.scale), cast(Tensor, given.shift)
             logits.append(self.classifier(ops.bn_normalize(z, scale[None], shift[None], relu=True)))
         return logits
+
+
+def _taken(inputs: Sequence[Tensor]) -> bool:
+    """Whether the ops take all the inputs, as groups of one batch."""
+    return all(x.shape == inputs[0].shape and fused.takes(x) for x in inputs)
 
 
 def _stacked(inputs: Sequence[Tensor]) -> Tensor:

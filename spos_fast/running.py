@@ -1,4 +1,4 @@
-"""Running statistics of many parts at once: one launch a batch merges all of them, another one folds them."""
+"""Running statistics of many parts at once: one call a batch merges all of them, another one folds them."""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ def bn_merge(
     momentum: float = 0.1,
     biased: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The statistics of one more batch merged into running ones, for any number of layers in one launch.
+    """The statistics of one more batch merged into running ones, for any number of layers in one call.
+
+    On a GPU one launch takes 340 layers (42 if built with nvcc 12). There is no Triton kernel; without the native one
+    PyTorch runs layer by layer.
 
     The three modes are those of ``spos_fast.calibration.recalibrate``:
 
@@ -116,7 +119,8 @@ def bn_finalize(
     count: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Batch norms as one multiplication and one addition each, for any number of layers in one launch.
+    """Batch norms as one multiplication and one addition each, for any number of layers in one call, launches as
+    in :func:`bn_merge`.
 
     scale = gamma / sqrt(var + eps), shift = beta - mean * scale, computed in float64 and then rounded. Differentiable.
 

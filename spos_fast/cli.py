@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.command in ("demo", "search"):
             pipeline.search(job)
         if options.command in ("demo", "retrain"):
-            pipeline.retrain(job, chosen or pipeline.baselines(job))
+            pipeline.retrain(job, chosen if options.command == "retrain" else pipeline.baselines(job))
         if exchange.rank == 0:
             console.say(f"report: {write_report(options.folder)}")
 
@@ -165,7 +165,10 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
         elif name == "best":
             chosen.update(pipeline.searched(job))
         elif name == "front":
-            chosen.update(pipeline.pareto_front(job))
+            front = pipeline.pareto_front(job)
+            if not front:
+                raise InputError(f"--arch: {job.folder} has no Pareto front; search with --search.objectives for one")
+            chosen.update(front)
         elif name.endswith(".json"):
             try:
                 text = Path(name).read_text()

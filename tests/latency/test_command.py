@@ -75,6 +75,26 @@ def test_a_search_is_limited_and_goes_on(table, tmp_path, capsys):
     _refused(capsys, ["retrain", "--folder", str(run), *flags, "--arch", "pareto_99"], "pareto_0")
 
 
+def test_a_table_is_kept_with_the_first_candidate(table, tmp_path):
+    """A copy of a search that scored nothing gives way to the table that is given now; a copy that candidates rest on
+    stays.
+    """
+    run = tmp_path / "run"
+    search = ["search", "--folder", str(run), "--threads", "1", "--no-tensorboard", *SEARCH]
+    assert main(["train", "--folder", str(run), *TINY]) == 0
+    old = json.loads(table.read_text())
+    old["stem"] = {name: 10**9 for name in old["stem"]}
+    (run / "search").mkdir()
+    (run / "search" / "latency.json").write_text(json.dumps(old))
+    assert main([*search, "--search.latency_table", str(table)]) == 0
+    assert json.loads((run / "search" / "latency.json").read_text()) == json.loads(table.read_text())
+    rows = [json.loads(line) for line in (run / "search" / "candidates.jsonl").read_text().splitlines()]
+    assert max(row["latency_ms"] for row in rows) < 1000
+    (run / "search" / "latency.json").write_text(json.dumps(old))
+    assert main(search) == 0
+    assert json.loads((run / "search" / "latency.json").read_text()) == old
+
+
 def test_mistakes_are_refused_before_anything_is_measured(table, tmp_path, capsys, monkeypatch):
     """Files that cannot be written or would be lost, and settings that measure nothing."""
 

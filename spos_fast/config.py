@@ -347,7 +347,8 @@ def config_from(values: Mapping[str, Any], origin: str) -> Config:
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
-    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file.
+    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file, in which a relative
+    ``search.latency_table`` is one beside the file.
 
     Raises:
         InputError: no such preset or file, or no TOML.
@@ -362,9 +363,14 @@ def read_config(name_or_path: str) -> dict[str, Any]:
             f"{', '.join(presets)}"
         ) from None
     try:
-        return tomllib.loads(content.decode())
+        values = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config: {path} is not TOML ({error})") from None
+    search = values.get("search")
+    table = search.get("latency_table") if isinstance(search, dict) else None
+    if table and isinstance(table, str):
+        search["latency_table"] = str((path.parent / Path(table).expanduser()).resolve())
+    return values
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

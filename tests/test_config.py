@@ -86,6 +86,8 @@ def test_files_and_flags(tmp_path):
     for text, kind in (("1.5", int), ("x", float), ("maybe", bool), ("1,x", tuple[int, ...])):
         with pytest.raises(InputError):
             parse_flag("x", text, kind)
+    (tmp_path / "t.toml").write_text('[search]\nlatency_table = "sub/desk.json"\n')
+    assert read_config(str(tmp_path / "t.toml"))["search"]["latency_table"] == str(tmp_path / "sub" / "desk.json")
     (tmp_path / "b.toml").write_text("[train\n")
     for name in ("b.toml", "absent.toml"):
         with pytest.raises(InputError, match="config"):

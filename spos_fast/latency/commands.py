@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spos_fast.checkpoint import read_json
+from spos_fast.checkpoint import TEMPORARY, read_json
 from spos_fast.config import Config
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.latency.measure import measure
@@ -79,21 +79,23 @@ def check_output(path: Path) -> None:
     Raises:
         InputError: it is one.
     """
-    if path.exists():
+    try:
+        there = path.exists()
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        # With the name, which the file system may find too long.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}", suffix=TEMPORARY):
+            pass
+    except OSError as error:
+        raise InputError(f"--out: {path} cannot be written ({error.strerror or error})") from None
+    if there:
         try:
             content = read_json(path) if path.is_file() else None
         except CheckpointError:
             content = None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"--out: {path} exists and is no latency table; name another file")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--out: {path} cannot be written ({error.strerror or error})") from None
 
 
 def _space(config: Config, num_classes: int | None) -> Space:

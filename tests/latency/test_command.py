@@ -110,6 +110,10 @@ def test_mistakes_are_refused_before_anything_is_measured(table, tmp_path, capsy
         (["--out", str(tmp_path), *SPACE], "is no latency table"),
         (["--out", "/proc/t.json", *SPACE], "cannot be written"),
         (["--out", str(tmp_path / "t.json")], "--config"),
+        (["--out", str(tmp_path / "t.json"), "--seed", "1"], "--config"),
+        (["--out", str(tmp_path / ("t" * 300)), *SPACE], "cannot be written"),
+        (["--out", str(tmp_path / ("t" * 250)), *SPACE], "cannot be written"),
+        (["--out", str(tmp_path / "t.json"), *SPACE, "--threads", "100000000000"], "threads"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--rounds", "0"], "rounds"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--networks", "1"], "--networks"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--dtype", "int8"], "dtype"),
@@ -134,6 +138,7 @@ def test_ctrl_c_leaves_no_file(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(timing.Clock, "chain", interrupted)
     assert main(["latency", "--out", str(tmp_path / "t.json"), *SPACE]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -176,9 +176,7 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     hidden += f" {nans:,} candidates have no accuracy." if nans else ""
     failed, stopped = sum(c.failed for c in scored), sum(c.stopped for c in scored)
     hidden += f" Failed (NaN or infinity): {failed:,}." if failed else ""
-    hidden += (
     hidden += f" Stopped early, shown as far as they got: {stopped:,}." if stopped else ""
-    )
     curve = ""
     if data.evolution or data.random_search:
         caption = "Lines: best validation accuracy so far. Dots: single candidates. Vertical lines: generations."

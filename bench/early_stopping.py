@@ -9,6 +9,7 @@ many random orders of the validation images, with the bar that it had in the sea
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from spos_fast import Architecture, EarlyStopping, Score, pipeline, recalibrate
 from spos_fast.checkpoint import read_json
 from spos_fast.config import config_from
+from spos_fast.errors import CheckpointError, InputError
 
 CONFIDENCES = (0.9, 0.99, 0.999)
 
@@ -29,6 +31,14 @@ def main() -> int:
     parser.add_argument("--generations", type=int, default=20, help="at most so many of them (default %(default)s)")
     parser.add_argument("--orders", type=int, default=500, help="random orders of the images (default %(default)s)")
     options = parser.parse_args()
+    try:
+        for name in ("generations", "orders"):
+            if getattr(options, name) < 1:
+                raise InputError(f"--{name}: got {getattr(options, name)}; expected a positive number")
+        archs, generations, right, keep = answers(options.folder, options.generations)
+    except (InputError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print("| confidence | images | batch | dropped at the bar | stated |\n|---|---|---|---|---|")
     for confidence in CONFIDENCES:
         for total, batch in ((5_000, 256), (5_000, 64), (50_000, 256)):
@@ -38,7 +48,6 @@ def main() -> int:
     for deviation in (0.005, 0.01, 0.02, 0.04):
         for total in (5_000, 50_000):
             print(f"| {100 * deviation:g} points | {total:,} | {spared_by_spread(0.99, total, 256, deviation):.0%} |")
-    archs, generations, right, keep = answers(options.folder, options.generations)
     print("\n| confidence | batch | wrongly dropped | of those that reach the bar | stated | images spared |")
     print("|---|---|---|---|---|---|")
     for confidence in CONFIDENCES:
@@ -83,7 +92,7 @@ def answers(folder: Path, most: int) -> tuple[list[Architecture], list[int], np.
     """The candidates of evolution, their generations, which images each gets right ``[n, images]``, and ``top_k``."""
     config = config_from(read_json(folder / "config.json"), "run")
     source = config.data.load()
-    space = pipeline.make_space(config, source)
+    space = pipeline.make_space(config, source, folder)
     net = pipeline.load_supernet(pipeline.Job(folder, config, source, space, torch.device("cpu")))
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.search

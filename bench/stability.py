@@ -29,7 +29,8 @@ from spos_fast.architecture import Architecture
 from spos_fast.calibration import MODES, Mode
 from spos_fast.checkpoint import Records, write_json
 from spos_fast.data import Images
-from spos_fast.errors import InputError
+from spos_fast.errors import CheckpointError, InputError
+from spos_fast.latency.settings import MAX_THREADS
 from spos_fast.nasbench.statistics import correlation
 from spos_fast.run import resolve
 
@@ -61,8 +62,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default %(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     try:
+        if not 1 <= options.threads <= MAX_THREADS:
+            raise InputError(f"--threads: got {options.threads}; expected 1 to {MAX_THREADS:,}")
+        torch.set_num_threads(options.threads)
         measured = measure(
             options.folder,
             options.sizes,
@@ -70,9 +73,9 @@ def main() -> int:
             architectures=options.architectures,
             reference=options.reference,
             validation=options.validation,
-            device=torch.device(options.device),
+            device=_device(options.device),
         )
-    except InputError as error:
+    except (InputError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = options.folder / "stability"
@@ -105,14 +108,20 @@ def measure(
         device: where the networks run.
 
     Raises:
-        InputError: sizes that the training part does not have, fewer than 3 architectures, no draw, or a folder that
-            holds scores of another measurement.
+        InputError: sizes that the training part does not have, fewer than 3 architectures, no draw, a reference of
+            fewer than 2 images, a negative number of validation images, or a folder that holds scores of another
+            measurement. Nothing is written then.
+        CheckpointError: a file of the run is missing or damaged.
     """
-    config = resolve(folder, {}, {})
-    source = config.data.load(None)
-    space = pipeline.make_space(config, source)
     if architectures < 3 or draws < 1:
         raise InputError(f"architectures, draws: got {architectures}, {draws}; at least 3 and 1 are right")
+    if reference < 2:
+        raise InputError(f"reference: got {reference}; expected at least 2 images")
+    if validation < 0:
+        raise InputError(f"validation: got {validation}; expected a number of images, or 0 for all")
+    config = resolve(folder, {}, {})
+    source = config.data.load(None)
+    space = pipeline.make_space(config, source, folder)
     if not sizes or min(sizes) < 2 or max(sizes) > source.train_size:
         raise InputError(f"sizes: got {list(sizes)}; from 2 to {source.train_size:,} images are there")
     net = pipeline.load_supernet(pipeline.Job(folder, config, source, space, device))
@@ -138,7 +147,7 @@ def measure(
     for mode, size, draw in _plan(sizes, draws, reference):
         if (mode, size, draw) in known:
             continue
-        if mode == "pooled" and size <= config.search.calibration_batch:  # of one batch both are the same
+        if draw and mode == "pooled" and size <= config.search.calibration_batch:  # of one batch both are the same
             known[mode, size, draw] = known["cumulative", size, draw]
             continue
         evaluator = Evaluator(
@@ -154,6 +163,15 @@ def measure(
         known[mode, size, draw] = accuracy
         print(f"{mode}, {size:,} images, draw {draw}: mean accuracy {np.mean(accuracy):.2%}", flush=True)
     return [_stability(known, mode, size, draws, reference) for mode in MODES for size in sizes]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
 
 
 def _plan(sizes: Sequence[int], draws: int, reference: int) -> Iterator[tuple[Mode, int, int]]:

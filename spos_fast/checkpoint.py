@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: is no regular file; name another one")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -49,18 +48,23 @@ def check_writable(path: str | Path) -> None:
     """Refuse before hours of work what :func:`write_whole` would refuse after them. Nothing is left behind.
 
     Raises:
-        CheckpointError: ``path`` is a folder or a device, or no file can be made in its folder (or, where that is still
-            to be made, in the folder that is to hold it).
+        CheckpointError: ``path`` is a folder or a device, no file can be made in its folder (or, where that is still to
+            be made, in the folder that is to hold it), or the name is too long.
     """
     path = Path(path).absolute()
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file; name another one")
-    folder = next(folder for folder in path.parents if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file; name another one")
+        folder = next(folder for folder in path.parents if folder.exists())
+        temporary = folder / _temporary(path).name
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 0
     except KeyboardInterrupt:
-        print("\nspos-fast: interrupted; run the same command again to go on", file=sys.stderr)
+        further = "nothing was written" if given[:1] == ["latency"] else "run the same command again to go on"
+        print(f"\nspos-fast: interrupted; {further}", file=sys.stderr)
         return 130
     return 0
 
@@ -89,6 +90,7 @@ def _run(options: argparse.Namespace) -> None:
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
     from spos_fast.config import config_from, merged, read_config
+    from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
     if options.command == "report":
@@ -101,13 +103,13 @@ def _run(options: argparse.Namespace) -> None:
         from spos_fast.latency import commands
 
         settings = merged(preset, flags)
-        if not settings and options.folder is None:
+        if not settings.get("data") and options.folder is None:
             raise InputError(f"--config: name a preset ({', '.join(PRESET_NAMES)}), a TOML file, or a run by --folder")
         folder = _existing(options.folder) if options.folder is not None else None
         commands.run(options, resolve(folder, preset, flags) if folder else config_from(settings, "settings"), device)
         return
-    if options.threads < 0:
-        raise InputError(f"--threads: got {options.threads}; expected 0 or more")
+    if not 0 <= options.threads <= MAX_THREADS:
+        raise InputError(f"--threads: got {options.threads}; expected 0 to {MAX_THREADS:,}")
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers: got {options.workers}; expected 0 or more")
     if options.threads:
@@ -147,7 +149,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.command in ("demo", "search"):
             pipeline.search(job)
         if options.command in ("demo", "retrain"):
-            pipeline.retrain(job, chosen or pipeline.baselines(job))
+            pipeline.retrain(job, chosen if options.command == "retrain" else pipeline.baselines(job))
         if exchange.rank == 0:
             console.say(f"report: {write_report(options.folder)}")
 
@@ -165,7 +167,10 @@ def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
         elif name == "best":
             chosen.update(pipeline.searched(job))
         elif name == "front":
-            chosen.update(pipeline.pareto_front(job))
+            front = pipeline.pareto_front(job)
+            if not front:
+                raise InputError(f"--arch: {job.folder} has no Pareto front; search with --search.objectives for one")
+            chosen.update(front)
         elif name.endswith(".json"):
             try:
                 text = Path(name).read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 import types
@@ -124,6 +125,13 @@ class CostRange:
     params_min: float = 0.0
     params_max: float = 0.0
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name.endswith(("_min", "_max")) and not math.isfinite(getattr(self, field.name)):
+                raise InputError(
+                    f"{field.name}: got {getattr(self, field.name):g}; expected a number, or 0 for no limit"
+                )
+
     @property
     def constraint(self) -> Constraint:
         """The ranges as a constraint."""
@@ -148,6 +156,7 @@ class SupernetConfig(CostRange, TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        CostRange.__post_init__(self)
         _ = self.constraint
         if not 0 <= self.widening_start <= self.widening_end <= 1:
             raise InputError(
@@ -218,6 +227,7 @@ class SearchConfig(CostRange):
         return dataclasses.replace(super().constraint, latency_ms=latency)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("population", "top_k", "calibration_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}; expected a positive number")
@@ -242,6 +252,8 @@ class SearchConfig(CostRange):
                 raise InputError(f"{name}: got {getattr(self, name):g}; expected milliseconds, or 0 for no limit")
         if self.objectives:
             check_objectives(self.objectives)
+            if self.population < 2:
+                raise InputError(f"population: got {self.population}; a Pareto search needs at least 2")
         _ = self.constraint
 
 
@@ -335,7 +347,8 @@ def config_from(values: Mapping[str, Any], origin: str) -> Config:
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
-    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file.
+    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file, in which a relative
+    ``search.latency_table`` is one beside the file.
 
     Raises:
         InputError: no such preset or file, or no TOML.
@@ -350,9 +363,14 @@ def read_config(name_or_path: str) -> dict[str, Any]:
             f"{', '.join(presets)}"
         ) from None
     try:
-        return tomllib.loads(content.decode())
+        values = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config: {path} is not TOML ({error})") from None
+    search = values.get("search")
+    table = search.get("latency_table") if isinstance(search, dict) else None
+    if table and isinstance(table, str):
+        search["latency_table"] = str((path.parent / Path(table).expanduser()).resolve())
+    return values
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

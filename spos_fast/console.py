@@ -29,6 +29,7 @@ class Console(Listener):
         self._stage = ""
         self._begun = (0.0, 0)
         self._spoken = 0.0
+        self._failed = 0
 
     def close(self) -> None:
         """End the bar of the current stage."""
@@ -44,7 +45,7 @@ class Console(Listener):
     def resumed(self, stage: str, done: int, total: int) -> None:
         """Start the bar of a stage."""
         self.close()
-        self._stage, self._begun, self._spoken = stage, (time.monotonic(), done), 0.0
+        self._stage, self._begun, self._spoken, self._failed = stage, (time.monotonic(), done), 0.0, 0
         if done >= total:
             self.say(f"{stage}: done before ({total:,} of {total:,})")
             return
@@ -66,8 +67,10 @@ class Console(Listener):
         self._advance(metrics.step, metrics.steps, values)
 
     def candidate(self, phase: str, number: int, total: int, score: Score, best: Score) -> None:
-        """Advance the bar of a search."""
-        self._advance(number, total, f"accuracy {score.accuracy:.2%}, best {best.accuracy:.2%}")
+        """Advance the bar of a search; candidates that failed (NaN or infinity) are counted."""
+        self._failed += score.failed
+        failed = f", {self._failed:,} failed" if self._failed else ""
+        self._advance(number, total, f"accuracy {score.accuracy:.2%}, best {best.accuracy:.2%}{failed}")
 
     def retrained(self, label: str, result: dict[str, Any]) -> None:
         """Say how an architecture came out."""

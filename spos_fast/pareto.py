@@ -26,7 +26,8 @@ class ParetoResult:
     Attributes:
         candidates: what was scored.
         objectives: their names; accuracy is to be high, costs are to be low.
-        values: of every candidate one number an objective.
+        values: of every candidate one number an objective; the worst there are (accuracy 0, infinite costs) if it
+            failed.
     """
 
     candidates: tuple[Candidate, ...]
@@ -36,7 +37,7 @@ class ParetoResult:
     @property
     def front(self) -> list[Candidate]:
         """The candidates that no other one beats (as good in every objective, better in one), by their first cost,
-        cheapest first. Of equal ones only the earliest is there.
+        cheapest first. Of equal ones only the earliest is there, and none that failed.
         """
         costs = [index for index, name in enumerate(self.objectives) if name != "accuracy"]
         chosen = sorted(self._unbeaten(), key=lambda number: [self.values[number][index] for index in costs])
@@ -50,7 +51,7 @@ class ParetoResult:
             not_worse = (losses <= own).all(1)
             beaten = (not_worse & (losses < own).any(1)).any()
             repeated = (losses[:number] == own).all(1).any()
-            if not (beaten or repeated):
+            if not (beaten or repeated or _failed(self.candidates[number].score)):
                 kept.append(number)
         return kept
 
@@ -190,6 +191,11 @@ class _Breeder:
 
 
 def _values(space: Space, arch: Architecture, score: Score, objectives: tuple[str, ...]) -> tuple[float, ...]:
-    accuracy = score.accuracy if score.accuracy == score.accuracy else 0.0  # NaN would have no rank
-    known = {"accuracy": accuracy, **space.cost(arch).known()}
+    if _failed(score):  # its cost alone would put a cheap one on the front, and NaN would have no rank
+        return tuple(0.0 if name == "accuracy" else float("inf") for name in objectives)
+    known = {"accuracy": score.accuracy, **space.cost(arch).known()}
     return tuple(float(known[name]) for name in objectives)
+
+
+def _failed(score: Score) -> bool:
+    return score.failed or score.accuracy != score.accuracy

@@ -35,7 +35,9 @@ from spos_fast.supernet import Supernet
 from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
 
 PHASES = ("evolution", "random_search")
-LATENCY = Path("search") / "latency.json"  # in the run folder
+# In the run folder.
+CANDIDATES = Path("search") / "candidates.jsonl"
+LATENCY = Path("search") / "latency.json"
 
 
 @dataclass
@@ -73,7 +75,7 @@ def make_space(
     Args:
         config: settings of the run.
         source: the data set.
-        folder: the run folder, which may hold the table that its search began with.
+        folder: the run folder; if its search has begun, the copy of the table that it began with is read.
         warn: hears in what this machine differs from the one of the table.
 
     Raises:
@@ -84,9 +86,15 @@ def make_space(
     )
     path = config.search.latency_table
     if path:
-        kept = folder / LATENCY if folder is not None else None
-        LatencyTable.read(kept if kept is not None and kept.exists() else path).attach(space, warn)
+        LatencyTable.read(_bound_table(folder) or path).attach(space, warn)
     return space
+
+
+def _bound_table(folder: Path | None) -> Path | None:
+    """The copy of the latency table that the candidates of a run rest on; None before the first."""
+    if folder is None or not (folder / CANDIDATES).exists() or not (folder / LATENCY).exists():
+        return None
+    return folder / LATENCY
 
 
 def check_settings(stage: str, config: Config, source: DataSource, space: Space) -> None:
@@ -205,13 +213,13 @@ def search(job: Job) -> dict[str, SearchResult]:
 
     Raises:
         InputError, CheckpointError: see :func:`load_supernet` and :func:`spos_fast.evolve`; ranks that have different
-            supernets or settings.
+            supernets or settings; a phase whose candidates all failed.
         RankError: another rank is gone or has failed; the search goes on where it was when it is started again.
     """
     settings, config = job.config.search, job.config
     UniformSampler(job.space, settings.constraint)  # an infeasible constraint is refused before any work
     folder = job.folder / "search"
-    records = shared_records(folder / "candidates.jsonl", job.exchange)
+    records = shared_records(job.folder / CANDIDATES, job.exchange)
     net = load_supernet(job)
     _require_same_start(net, config, job.exchange)
     stopping = EarlyStopping(settings.top_k, settings.early_stopping) if settings.early_stopping else None
@@ -229,7 +237,7 @@ def search(job: Job) -> dict[str, SearchResult]:
         batch_size=settings.batch_size,
         early_stopping=stopping,
     )
-    if settings.latency_table and job.exchange.rank == 0 and not (job.folder / LATENCY).exists():
+    if settings.latency_table and job.exchange.rank == 0 and _bound_table(job.folder) is None:
         LatencyTable.read(settings.latency_table).write(job.folder / LATENCY)
     shared = DistributedEvaluator(evaluator, space=job.space, exchange=job.exchange)
     budget = settings.population * (settings.generations + 1)
@@ -247,6 +255,7 @@ def search(job: Job) -> dict[str, SearchResult]:
         constraint=settings.constraint,
         seed=config.seed,
     )
+    _require_success("evolution", results["evolution"])
     if settings.random_search:
         results["random_search"] = random_search(
             job.space,
@@ -256,6 +265,7 @@ def search(job: Job) -> dict[str, SearchResult]:
             constraint=settings.constraint,
             seed=config.seed,
         )
+        _require_success("random_search", results["random_search"])
     found: dict[str, tuple[Candidate, ...]] = {phase: result.candidates for phase, result in results.items()}
     if settings.objectives:
         pareto = _search_front(job, scores)
@@ -266,6 +276,19 @@ def search(job: Job) -> dict[str, SearchResult]:
         write_json(folder / "best.json", {phase: _candidate_row(job.space, r.best) for phase, r in results.items()})
     job.exchange.barrier()  # the stage that comes next reads these files on every rank
     return results
+
+
+def _require_success(phase: str, result: SearchResult) -> None:
+    """Refuse a phase without a best candidate.
+
+    Raises:
+        InputError: every candidate failed.
+    """
+    if result.best.score.failed:
+        raise InputError(
+            f"search: all {len(result.candidates):,} candidates of {phase} gave NaN or infinity, so there is none to "
+            "retrain; train a supernet with a lower train.lr in another folder"
+        )
 
 
 def _search_front(job: Job, scores: RecordedScores) -> ParetoResult:

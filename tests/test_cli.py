@@ -238,3 +238,27 @@ def test_ctrl_c_ends_in_one_line_and_the_run_goes_on(tmp_path):
         assert process.returncode == 130 and "run the same command again" in error and "Traceback" not in error, error
         assert ("goes on after" in output) == (attempt == 1)
         seen = path.stat().st_mtime_ns
+
+
+def test_the_front_of_a_run_without_one_is_refused(finished, capsys):
+    """Instead of the baselines."""
+    before = sorted(finished.rglob("*"))
+    _refused(capsys, ["retrain", "--folder", str(finished), "--arch", "front"], "--arch: ")
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_search_in_which_all_fail_is_refused(tmp_path, capsys):
+    """A supernet of NaN: nothing is handed on to retraining, and the failed ones are counted."""
+    run = ["--folder", str(tmp_path / "run")]
+    assert main(["train", *run, *TINY]) == 0
+    path = tmp_path / "run" / "supernet" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    for value in content["model"].values():
+        if value.is_floating_point():
+            value.fill_(float("nan"))
+    torch.save(content, path)
+    capsys.readouterr()
+    assert main(["search", *run, "--threads", "1", *SEARCH]) == 2
+    error = capsys.readouterr().err
+    assert "all 18 candidates of evolution gave NaN or infinity" in error and "18 failed" in error
+    assert not (tmp_path / "run" / "search" / "best.json").exists()

@@ -56,6 +56,13 @@ def test_every_setting_is_documented():
         ({"search": {"bn_mode": "mean"}}, "cumulative, pooled, ema"),
         ({"search": {"crossover": 40, "mutation": 20}}, "population"),
         ({"search": {"macs_min": 2e6, "macs_max": 1e6}}, "macs"),
+        ({"search": {"macs_max": float("inf")}}, "search.macs_max: got inf"),
+        ({"search": {"latency_ms_max": float("inf")}}, "search.latency_ms_max: got inf"),
+        ({"train": {"params_min": float("nan")}}, "train.params_min: got nan"),
+        (
+            {"search": {"population": 1, "crossover": 0, "mutation": 0, "objectives": ["accuracy", "macs"]}},
+            "search.population: got 1; a Pareto search",
+        ),
         ({"retrain": {"init": "magic"}}, "scratch or inherited"),
         ({"seed": -1}, "seed"),
     ],
@@ -79,6 +86,8 @@ def test_files_and_flags(tmp_path):
     for text, kind in (("1.5", int), ("x", float), ("maybe", bool), ("1,x", tuple[int, ...])):
         with pytest.raises(InputError):
             parse_flag("x", text, kind)
+    (tmp_path / "t.toml").write_text('[search]\nlatency_table = "sub/desk.json"\n')
+    assert read_config(str(tmp_path / "t.toml"))["search"]["latency_table"] == str(tmp_path / "sub" / "desk.json")
     (tmp_path / "b.toml").write_text("[train\n")
     for name in ("b.toml", "absent.toml"):
         with pytest.raises(InputError, match="config"):

@@ -109,8 +109,18 @@ def test_a_candidate_without_an_accuracy_loses(paper_space):
     """NaN has no rank in NSGA-II: it counts as no accuracy at all."""
     scores = itertools.cycle([Score(float("nan"), float("nan"), 10), Score(0.5, 1.0, 10)])
     result = search(paper_space, lambda archs: [next(scores) for _ in archs], population=4, generations=2)
-    assert len(result.candidates) == 12 and all(c.score.accuracy == 0.5 for c in result.front[1:])
+    assert len(result.candidates) == 12 and all(c.score.accuracy == 0.5 for c in result.front)
     assert {values[0] for values in result.values} == {0.0, 0.5}
+
+
+@needs_optuna
+def test_a_failed_candidate_is_not_on_the_front(paper_space):
+    """However cheap it is; where all have failed there is no front."""
+    failed = Score(0.0, float("nan"), 10, failed=True)
+    scores = itertools.cycle([failed, Score(0.5, 1.0, 10)])
+    result = search(paper_space, lambda archs: [next(scores) for _ in archs], population=4, generations=2)
+    assert result.front and not any(c.score.failed for c in result.front)
+    assert search(paper_space, lambda archs: [failed for _ in archs], population=4, generations=1).front == []
 
 
 @needs_optuna

@@ -40,6 +40,9 @@ def _flags(data: RunData, section: str) -> list[str]:
     values, words = plain(data.config)[section], []
     for name, _, default, _ in documented_fields(SECTIONS[section]):
         value = values[name]
+        kept = data.path / "search" / "latency.json"
+        if name == "latency_table" and value and kept.exists():
+            value = str(kept)  # what the search went by; the file that was given may have changed
         if value != (list(default) if isinstance(default, tuple) else default):
             words += [f"--{section}.{name}", _flag_text(value)]
     return words

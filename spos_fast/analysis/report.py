@@ -174,6 +174,9 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
     hidden = f" {below:,} of {len(scored):,} candidates lie below the axis." if below else ""
     nans = sum(math.isnan(c.accuracy) for c in scored)
     hidden += f" {nans:,} candidates have no accuracy." if nans else ""
+    failed, stopped = sum(c.failed for c in scored), sum(c.stopped for c in scored)
+    hidden += f" Failed (NaN or infinity): {failed:,}." if failed else ""
+    hidden += f" Stopped early, shown as far as they got: {stopped:,}." if stopped else ""
     curve = ""
     if data.evolution or data.random_search:
         caption = "Lines: best validation accuracy so far. Dots: single candidates. Vertical lines: generations."

@@ -39,6 +39,8 @@ class Scored:
         generation: number of the population; counted from the settings while the search has not finished.
         origin: random, crossover, mutation or child; empty while the search has not finished.
         latency_ms: predicted latency, of a search with a latency table.
+        failed: whether it gave NaN or infinity.
+        stopped: whether early stopping dropped it; its accuracy is then that of the images seen until then.
     """
 
     genes: tuple[int, ...]
@@ -50,6 +52,8 @@ class Scored:
     generation: int
     origin: str = ""
     latency_ms: float | None = None
+    failed: bool = False
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,8 @@ class _Reader:
             generation=int(generation),
             origin=str(row.get("origin", "")),
             latency_ms=_latency(row),
+            failed=bool(row.get("failed", False)),
+            stopped=bool(row.get("stopped", False)),
         )
 
     def _test_result(self, row: dict[str, Any]) -> Tested:

@@ -70,9 +70,12 @@ def best_so_far(candidates: Iterable[Scored]) -> list[float]:
 
 
 def pareto_front(candidates: Iterable[Scored], metric: str = "macs") -> list[Scored]:
-    """Candidates that no other one beats in both accuracy and a cost, cheapest first; of equals the earlier one."""
+    """Candidates that no other one beats in both accuracy and a cost, cheapest first; of equals the earlier one. Those
+    that failed or were stopped early have no accuracy to compare.
+    """
     front: list[Scored] = []
-    for candidate in sorted(candidates, key=lambda c: (getattr(c, metric), -_or(c.accuracy, -math.inf))):
+    complete = [candidate for candidate in candidates if not (candidate.failed or candidate.stopped)]
+    for candidate in sorted(complete, key=lambda c: (getattr(c, metric), -_or(c.accuracy, -math.inf))):
         if candidate.accuracy > (front[-1].accuracy if front else -math.inf):
             front.append(candidate)
     return front

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spos_fast.checkpoint import read_json
+from spos_fast.checkpoint import check_writable, read_json
 from spos_fast.config import Config
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.latency.measure import measure
@@ -79,21 +78,17 @@ def check_output(path: Path) -> None:
     Raises:
         InputError: it is one.
     """
+    try:
+        check_writable(path)
+    except CheckpointError as error:
+        raise InputError(f"--out: {error}") from None
     if path.exists():
         try:
-            content = read_json(path) if path.is_file() else None
+            content = read_json(path)
         except CheckpointError:
             content = None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"--out: {path} exists and is no latency table; name another file")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--out: {path} cannot be written ({error.strerror or error})") from None
 
 
 def _space(config: Config, num_classes: int | None) -> Space:

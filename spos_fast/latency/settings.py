@@ -14,6 +14,7 @@ import torch
 import spos_fast
 from spos_fast.errors import InputError
 
+MAX_THREADS = 1024  # more are a slip, and PyTorch would start them
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +48,8 @@ class LatencySettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}: got {value!r}; expected an integer of at least {least}")
+        if self.threads > MAX_THREADS:
+            raise InputError(f"threads: got {self.threads}; expected at most {MAX_THREADS:,}")
         if not isinstance(self.compiled, bool):
             raise InputError(f"compiled: got {self.compiled!r}; expected true or false")
         if self.dtype not in DTYPES:

@@ -50,6 +50,23 @@ def test_latency_and_the_front_are_shown(make_run: Callable[..., Path]) -> None:
     assert costs == sorted(costs) and len(costs) > 1
 
 
+def test_failed_and_stopped_candidates_are_counted_and_on_no_front(make_run: Callable[..., Path]) -> None:
+    """However cheap or accurate they seem; the commands for another run name the table that the search kept."""
+    run = make_run(rows=5)
+    _with_latency(run)
+    (run / "search/latency.json").write_text("{}")
+    path = run / "search/evolution.json"
+    rows = json.loads(path.read_text())
+    rows[0] |= {"macs": 1, "failed": True, "accuracy": 0.0}
+    rows[1] |= {"macs": 2, "stopped": True, "accuracy": 1.0}
+    path.write_text(json.dumps(rows))
+    front = pareto_front(read_run(run).scored)
+    assert front and not any(c.failed or c.stopped for c in front)
+    text = read(run)
+    assert "Failed (NaN or infinity): 1." in text and "Stopped early, shown as far as they got: 1." in text
+    assert f"--search.latency_table {run / 'search' / 'latency.json'}" in text
+
+
 def test_members_of_the_front_are_retrained_under_their_label(make_run: Callable[..., Path]) -> None:
     """They stand behind the best of the searches, in the order of their numbers."""
     run = make_run(rows=5, custom=["pareto_10", "pareto_9"])

@@ -58,6 +58,20 @@ def test_measuring_and_going_on(tmp_path: Path, monkeypatch):
             _measure(tmp_path, **wrong)
 
 
+def test_mistakes_leave_nothing_behind(tmp_path: Path, monkeypatch, capsys):
+    """A folder that a mistake was made in can be measured in afterwards; a reference of one batch is a reference."""
+    monkeypatch.setattr(stability, "Evaluator", Scorer)
+    monkeypatch.setattr(stability.pipeline, "load_supernet", lambda job: None)
+    for wrong in ({"reference": 0}, {"validation": -5}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            _measure(tmp_path, **wrong)
+    for arguments, says in ((["--device", "cuda:77"], "--device"), (["--threads", "0"], "--threads")):
+        monkeypatch.setattr("sys.argv", ["stability", "--folder", str(tmp_path), *arguments])
+        assert stability.main() == 2 and says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert len(_measure(tmp_path, reference=100, sizes=(16,))) == len(stability.MODES)
+
+
 def test_table_and_figure():
     """Mean and range of the draws, a column group a mode; a figure that stands alone, in colours of its own."""
     rows = [

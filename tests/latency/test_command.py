@@ -75,6 +75,26 @@ def test_a_search_is_limited_and_goes_on(table, tmp_path, capsys):
     _refused(capsys, ["retrain", "--folder", str(run), *flags, "--arch", "pareto_99"], "pareto_0")
 
 
+def test_a_table_is_kept_with_the_first_candidate(table, tmp_path):
+    """A copy of a search that scored nothing gives way to the table that is given now; a copy that candidates rest on
+    stays.
+    """
+    run = tmp_path / "run"
+    search = ["search", "--folder", str(run), "--threads", "1", "--no-tensorboard", *SEARCH]
+    assert main(["train", "--folder", str(run), *TINY]) == 0
+    old = json.loads(table.read_text())
+    old["stem"] = {name: 10**9 for name in old["stem"]}
+    (run / "search").mkdir()
+    (run / "search" / "latency.json").write_text(json.dumps(old))
+    assert main([*search, "--search.latency_table", str(table)]) == 0
+    assert json.loads((run / "search" / "latency.json").read_text()) == json.loads(table.read_text())
+    rows = [json.loads(line) for line in (run / "search" / "candidates.jsonl").read_text().splitlines()]
+    assert max(row["latency_ms"] for row in rows) < 1000
+    (run / "search" / "latency.json").write_text(json.dumps(old))
+    assert main(search) == 0
+    assert json.loads((run / "search" / "latency.json").read_text()) == old
+
+
 def test_mistakes_are_refused_before_anything_is_measured(table, tmp_path, capsys, monkeypatch):
     """Files that cannot be written or would be lost, and settings that measure nothing."""
 
@@ -86,10 +106,14 @@ def test_mistakes_are_refused_before_anything_is_measured(table, tmp_path, capsy
     (tmp_path / "file").write_text("")
     for arguments, says in (
         (["--out", str(tmp_path / "photo.json"), *SPACE], "is no latency table"),
-        (["--out", str(tmp_path / "file" / "t.json"), *SPACE], "cannot be written"),
-        (["--out", str(tmp_path), *SPACE], "is no latency table"),
-        (["--out", "/proc/t.json", *SPACE], "cannot be written"),
+        (["--out", str(tmp_path / "file" / "t.json"), *SPACE], "could not be written"),
+        (["--out", str(tmp_path), *SPACE], "is no regular file"),
+        (["--out", "/proc/t.json", *SPACE], "could not be written"),
         (["--out", str(tmp_path / "t.json")], "--config"),
+        (["--out", str(tmp_path / "t.json"), "--seed", "1"], "--config"),
+        (["--out", str(tmp_path / ("t" * 300)), *SPACE], "could not be written"),
+        (["--out", str(tmp_path / ("t" * 220)), *SPACE], "could not be written"),
+        (["--out", str(tmp_path / "t.json"), *SPACE, "--threads", "100000000000"], "threads"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--rounds", "0"], "rounds"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--networks", "1"], "--networks"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--dtype", "int8"], "dtype"),
@@ -114,6 +138,7 @@ def test_ctrl_c_leaves_no_file(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(timing.Clock, "chain", interrupted)
     assert main(["latency", "--out", str(tmp_path / "t.json"), *SPACE]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

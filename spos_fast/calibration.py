@@ -125,8 +125,8 @@ class _Statistics:
     """Of everything that one layer has seen, channel by channel, in float64."""
 
     def __init__(self, layer: _BatchNorm, mode: Mode) -> None:
-        device = None if layer.running_mean is None else layer.running_mean.device
-        zeros = torch.zeros(layer.num_features, dtype=torch.float64, device=device)
+        assert layer.running_mean is not None
+        zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)  # may hold more than num_features
         self.calls = 0
         self._mode = mode
         # Pooled: values, mean, squared distances from it. Cumulative: calls, sums. Exponential: calls, averages.

@@ -410,7 +410,7 @@ class Interrupt(TorchDispatchMode):
 
 
 def test_interrupted_anywhere():
-    """Ctrl-C in front of any operation, those that write the results or put statistics back too: nothing has changed."""
+    """Ctrl-C in front of any operation, also those that write results or put statistics back: nothing has changed."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SyncBatchNorm(4)).train()
     before = copy.deepcopy(model.state_dict())

@@ -73,7 +73,7 @@ def report(
         return False
     for norm, mean, var, count in zip(norms, means, variances, counts, strict=True):
         observer.check_count(norm, count)
-        channels = None if len(mean) == norm.num_features else slice(0, len(mean))
+        channels = None if len(mean) == _size(norm) else slice(0, len(mean))
         observer.hand_over(norm, channels, mean, var * (count / (count - 1)), count)
     return True
 
@@ -161,25 +161,38 @@ def values_per_channel(x: Tensor) -> int:
 @contextmanager
 def _watched(layer: _BatchNorm, observer: _Observer) -> Iterator[None]:
     """A layer with a forward of its own: if batch_norm was not seen on its buffers, its input is read once more."""
-    entered: list[int] = []
+    entered: list[tuple[int, Tensor, Tensor]] = []
 
-    def before(_: nn.Module, args: Any) -> None:
-        entered.append(observer.calls[layer])
-        layer.running_var.fill_(_UNTOUCHED)  # type: ignore[union-attr]
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mean, var = _statistics(layer)
+        entered.append((observer.calls[layer], mean.clone(), var.clone()))
+        # A forward may read its statistics, so they stay, but for the variances of a layer that runs some channels.
+        if _first(args, kwargs).shape[1] != len(var):
+            var.fill_(_UNTOUCHED)
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if observer.calls[layer] != entered.pop():
+        calls, mean, var = entered.pop()
+        x = _first(args, kwargs)
+        new_mean, new_var = _statistics(layer)
+        if x.shape[1] == len(var):
+            moved = (new_mean != mean) | (new_var != var)
+        else:
+            moved = new_var != _UNTOUCHED
+            new_var.copy_(var)
+        if observer.calls[layer] != calls:
             return
-        x = next(iter((*args, *kwargs.values())))
         count = values_per_channel(x)
         observer.check_count(layer, count)
-        channels, kept = _moved(layer, x.shape[1])
+        channels, kept = _moved(moved.nonzero().flatten(), x.shape[1], layer, observer.names[layer])
         mean, var = _moments(x)
-        observer.hand_over(
-            layer, channels, mean if kept is None else mean[kept], var if kept is None else var[kept], count
-        )
+        if kept is not None:
+            mean, var = mean[kept], var[kept]
+        observer.hand_over(layer, channels, mean, var, count)
 
-    hooks = layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)
+    hooks = (
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(after, with_kwargs=True),
+    )
     try:
         yield
     finally:
@@ -187,14 +200,39 @@ def _watched(layer: _BatchNorm, observer: _Observer) -> Iterator[None]:
             hook.remove()
 
 
-def _moved(layer: _BatchNorm, width: int) -> tuple[slice | Tensor | None, Tensor | None]:
-    """The channels of a layer that its forward has moved, and which of the input's ``width`` channels they are (None:
-    all). A layer that masks its channels may use any of them, and not all that come in.
+def _moved(moved: Tensor, width: int, layer: _BatchNorm, name: str) -> tuple[slice | Tensor | None, Tensor | None]:
+    """The channels of a layer that ran, and which of the input's ``width`` channels they are (None: all), by those that
+    its forward has ``moved``. A layer that masks its channels may use any of them, and not all that come in.
     """
-    moved = (layer.running_var != _UNTOUCHED).nonzero().flatten()  # type: ignore[union-attr]
-    if width == layer.num_features:
-        return (None, None) if len(moved) in (0, width) else (moved, moved)
-    return (moved if len(moved) == width else slice(0, width)), None
+    size = _size(layer)
+    if width == size:
+        # Half precision rounds small steps away: a channel that has not moved may have run.
+        exact = _statistics(layer)[1].dtype in (torch.float32, torch.float64)
+        return (moved, moved) if exact and 0 < len(moved) < size else (None, None)
+    if len(moved) == width:
+        return moved, None
+    if len(moved) == 0 and width < size:
+        return slice(0, width), None
+    raise InputError(
+        f"model: layer {name}, a {type(layer).__name__}, gets {width} channels and moves {len(moved)} of its {size} "
+        "statistics; which belong together cannot be told, so leave it out by modules"
+    )
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of an observed layer, which has them."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def _size(layer: _BatchNorm) -> int:
+    """How many running means a layer has: subclasses may keep several for each of their features."""
+    return len(_statistics(layer)[0])
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return next(iter((*args, *kwargs.values())))
 
 
 @contextmanager

@@ -115,3 +115,44 @@ def test_channels_that_cannot_be_told():
     with pytest.raises(InputError, match="model: layer Halves, a Halves, gets 3 channels and moves 6 of its 6"):
         recalibrate(norm, _batches())
     assert (norm.running_var == 1).all()
+
+
+class ByHand(nn.Module):
+    """A module that runs another's layer itself, with one of PyTorch's functions and the flag of one of the two."""
+
+    def __init__(self, function, flag):
+        super().__init__()
+        self.bn, self.function, self.flag = nn.BatchNorm2d(8), function, flag
+
+    def forward(self, x):
+        bn = self.bn
+        training = {"own": self, "layer": bn}[self.flag].training
+        if self.function is torch.batch_norm:
+            return torch.batch_norm(
+                x, bn.weight, bn.bias, bn.running_mean, bn.running_var, training, 0.1, 1e-5, cudnn_enabled=False
+            )
+        return functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training)
+
+
+@pytest.mark.parametrize("flag", ["own", "layer"])
+@pytest.mark.parametrize("function", [functional.batch_norm, torch.batch_norm])
+def test_layers_that_are_run_by_hand(function, flag):
+    """Whichever function and training flag it is, the layers are recalibrated as if they had been called."""
+    net, usual = _network(ByHand(function, flag)), _network(nn.BatchNorm2d(8))
+    usual.load_state_dict({name.replace("1.bn.", "1."): value for name, value in net.state_dict().items()})
+    for model in (net, usual):
+        recalibrate(model, _batches(), "pooled")
+    assert net[1].bn.num_batches_tracked == 3
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), usual.state_dict().values(), strict=True))
+
+
+@torch.no_grad()
+def test_layers_left_out_that_are_run_by_hand():
+    """They normalise by the statistics that they have."""
+    net, seen = _network(ByHand(torch.batch_norm, "own")), []
+    net[1].bn.running_mean.fill_(7)
+    wanted = net.eval()[:2](_batches()[0])
+    hook = net[1].register_forward_hook(lambda _, args, out: seen.append(out))
+    recalibrate(net, _batches(), modules=[net[4]])
+    hook.remove()
+    assert torch.equal(seen[0], wanted) and (net[1].bn.running_mean == 7).all()

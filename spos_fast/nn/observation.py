@@ -1,8 +1,8 @@
 """What the batch normalisation layers of a network see while it runs, without a second read of their inputs.
 
-Calls of ``torch.nn.functional.batch_norm`` on a layer's buffers are intercepted, whoever makes them: the layer itself,
-or a module that runs a slice of it. The fused blocks report what they have computed anyway. Layers with a forward of
-their own that goes neither way are watched by hooks.
+Calls of ``torch.nn.functional.batch_norm`` and ``torch.batch_norm`` on a layer's buffers are intercepted, whoever makes
+them: the layer itself, or a module that runs a slice of it. The fused blocks report what they have computed anyway.
+Layers with a forward of their own that goes neither way are watched by hooks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ from spos_fast.ops import bn_moments
 Receiver = Callable[[_BatchNorm, "slice | Tensor | None", Tensor, Tensor, int], None]
 
 _PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+# Functions that normalise by statistics that they are given, with the order of their parameters.
+_BATCH_NORMS: Mapping[Any, Sequence[str]] = {
+    functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
 # No variance is negative: a layer that still has this one has not moved it.
 _UNTOUCHED = -1.0
 
@@ -94,8 +99,13 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is functional.batch_norm:
-            return self._batch_norm(*args, **(kwargs or {}))
+        parameters = _BATCH_NORMS.get(func)
+        if parameters is not None:
+            call = {**dict(zip(parameters, args, strict=False)), **(kwargs or {})}
+            running_mean = call.get("running_mean")
+            found = self._owner(running_mean) if isinstance(running_mean, Tensor) else None
+            if found is not None:
+                return self._batch_norm(*found, call)
         return func(*args, **(kwargs or {}))
 
     def hand_over(
@@ -113,30 +123,19 @@ class _Observer(TorchFunctionMode):
                 "batch, which has no variance; use larger batches, and drop_last=True in a loader whose last is smaller"
             )
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        found = self._owner(running_mean) if training and running_mean is not None else None
-        if found is None or running_mean is None:
-            return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        layer, channels = found
-        count = values_per_channel(input)
+    def _batch_norm(self, layer: _BatchNorm, channels: slice | None, call: Mapping[str, Any]) -> Tensor:
+        """As in training, whatever the call says: a module that normalises by hand may pass its own training flag."""
+        x, running_mean = call["input"], call["running_mean"]
+        weight, bias, eps = call.get("weight"), call.get("bias"), call.get("eps", 1e-5)
+        count = values_per_channel(x)
         self.check_count(layer, count)
         if running_mean.dtype in (torch.float32, torch.float64):
             # Momentum 1 leaves nothing of the zeros: these are the statistics that the batch is normalised with.
             mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_mean)
-            out = functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+            out = functional.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
         else:  # they would be rounded to the half precision of the buffers
-            mean, var = _moments(input)
-            out = functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+            mean, var = _moments(x)
+            out = functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         self.hand_over(layer, channels, mean, var, count)
         return out
 

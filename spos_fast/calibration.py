@@ -109,20 +109,24 @@ def recalibrate(
             raise InputError(f"model: none of its {len(names)} normalisation layers runs on the batches")
         if not allow_nonfinite:
             _check_finite(results, names)
+    changes = []
     for layer, (seen, mean, var) in results.items():
         for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
             assert buffer is not None
-            buffer.copy_(torch.where(seen, value, buffer.double()))
+            changes.append((buffer, torch.where(seen, value, buffer.double()).to(buffer)))
         if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(statistics[layer].calls)
+            changes.append(
+                (layer.num_batches_tracked, torch.full_like(layer.num_batches_tracked, statistics[layer].calls))
+            )
+    _change(changes)
 
 
 class _Statistics:
     """Of everything that one layer has seen, channel by channel, in float64."""
 
     def __init__(self, layer: _BatchNorm, mode: Mode) -> None:
-        device = None if layer.running_mean is None else layer.running_mean.device
-        zeros = torch.zeros(layer.num_features, dtype=torch.float64, device=device)
+        assert layer.running_mean is not None
+        zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)  # may hold more than num_features
         self.calls = 0
         self._mode = mode
         # Pooled: values, mean, squared distances from it. Cumulative: calls, sums. Exponential: calls, averages.
@@ -215,10 +219,35 @@ def _as_before(modules: Iterable[nn.Module], layers: Iterable[_BatchNorm]) -> It
             module.training = training
         for layer, tracks in tracked:
             layer.track_running_stats = tracks
-        for layer, name, buffer, value in buffers:
-            buffer.copy_(value)
+        for layer, name, buffer, _ in buffers:
             if getattr(layer, name) is not buffer:  # some forwards put another tensor in its place
                 setattr(layer, name, buffer)
+        _put_back([(buffer, value) for _, _, buffer, value in buffers])
+
+
+def _change(changes: list[tuple[Tensor, Tensor]]) -> None:
+    """Give all of the tensors their new values; if that is interrupted, none."""
+    before = [(tensor, tensor.clone()) for tensor, _ in changes]
+    try:
+        for tensor, value in changes:
+            tensor.copy_(value)
+    except BaseException:
+        _put_back(before)
+        raise
+
+
+def _put_back(before: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors their old values. An interruption has to wait: each is tried again, and then the others follow."""
+    failure: BaseException | None = None
+    for tensor, value in before:
+        for _ in range(2):
+            try:
+                tensor.copy_(value)
+                break
+            except BaseException as error:
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 def _eagerly() -> Any:

@@ -1,8 +1,8 @@
 """What the batch normalisation layers of a network see while it runs, without a second read of their inputs.
 
-Calls of ``torch.nn.functional.batch_norm`` on a layer's buffers are intercepted, whoever makes them: the layer itself,
-or a module that runs a slice of it. The fused blocks report what they have computed anyway. Layers with a forward of
-their own that goes neither way are watched by hooks.
+Calls of ``torch.nn.functional.batch_norm`` and ``torch.batch_norm`` on a layer's buffers are intercepted, whoever makes
+them: the layer itself, or a module that runs a slice of it. The fused blocks report what they have computed anyway.
+Layers with a forward of their own that goes neither way are watched by hooks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ from spos_fast.ops import bn_moments
 Receiver = Callable[[_BatchNorm, "slice | Tensor | None", Tensor, Tensor, int], None]
 
 _PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+# Functions that normalise by statistics that they are given, with the order of their parameters.
+_BATCH_NORMS: Mapping[Any, Sequence[str]] = {
+    functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
 # No variance is negative: a layer that still has this one has not moved it.
 _UNTOUCHED = -1.0
 
@@ -73,7 +78,7 @@ def report(
         return False
     for norm, mean, var, count in zip(norms, means, variances, counts, strict=True):
         observer.check_count(norm, count)
-        channels = None if len(mean) == norm.num_features else slice(0, len(mean))
+        channels = None if len(mean) == _size(norm) else slice(0, len(mean))
         observer.hand_over(norm, channels, mean, var * (count / (count - 1)), count)
     return True
 
@@ -94,8 +99,13 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is functional.batch_norm:
-            return self._batch_norm(*args, **(kwargs or {}))
+        parameters = _BATCH_NORMS.get(func)
+        if parameters is not None:
+            call = {**dict(zip(parameters, args, strict=False)), **(kwargs or {})}
+            running_mean = call.get("running_mean")
+            found = self._owner(running_mean) if isinstance(running_mean, Tensor) else None
+            if found is not None:
+                return self._batch_norm(*found, call)
         return func(*args, **(kwargs or {}))
 
     def hand_over(
@@ -113,30 +123,19 @@ class _Observer(TorchFunctionMode):
                 "batch, which has no variance; use larger batches, and drop_last=True in a loader whose last is smaller"
             )
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        found = self._owner(running_mean) if training and running_mean is not None else None
-        if found is None or running_mean is None:
-            return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        layer, channels = found
-        count = values_per_channel(input)
+    def _batch_norm(self, layer: _BatchNorm, channels: slice | None, call: Mapping[str, Any]) -> Tensor:
+        """As in training, whatever the call says: a module that normalises by hand may pass its own training flag."""
+        x, running_mean = call["input"], call["running_mean"]
+        weight, bias, eps = call.get("weight"), call.get("bias"), call.get("eps", 1e-5)
+        count = values_per_channel(x)
         self.check_count(layer, count)
         if running_mean.dtype in (torch.float32, torch.float64):
             # Momentum 1 leaves nothing of the zeros: these are the statistics that the batch is normalised with.
             mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_mean)
-            out = functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+            out = functional.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
         else:  # they would be rounded to the half precision of the buffers
-            mean, var = _moments(input)
-            out = functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+            mean, var = _moments(x)
+            out = functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         self.hand_over(layer, channels, mean, var, count)
         return out
 
@@ -161,25 +160,38 @@ def values_per_channel(x: Tensor) -> int:
 @contextmanager
 def _watched(layer: _BatchNorm, observer: _Observer) -> Iterator[None]:
     """A layer with a forward of its own: if batch_norm was not seen on its buffers, its input is read once more."""
-    entered: list[int] = []
+    entered: list[tuple[int, Tensor, Tensor]] = []
 
-    def before(_: nn.Module, args: Any) -> None:
-        entered.append(observer.calls[layer])
-        layer.running_var.fill_(_UNTOUCHED)  # type: ignore[union-attr]
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mean, var = _statistics(layer)
+        entered.append((observer.calls[layer], mean.clone(), var.clone()))
+        # A forward may read its statistics, so they stay, but for the variances of a layer that runs some channels.
+        if _first(args, kwargs).shape[1] != len(var):
+            var.fill_(_UNTOUCHED)
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if observer.calls[layer] != entered.pop():
+        calls, mean, var = entered.pop()
+        x = _first(args, kwargs)
+        new_mean, new_var = _statistics(layer)
+        if x.shape[1] == len(var):
+            moved = (new_mean != mean) | (new_var != var)
+        else:
+            moved = new_var != _UNTOUCHED
+            new_var.copy_(var)
+        if observer.calls[layer] != calls:
             return
-        x = next(iter((*args, *kwargs.values())))
         count = values_per_channel(x)
         observer.check_count(layer, count)
-        channels, kept = _moved(layer, x.shape[1])
+        channels, kept = _moved(moved.nonzero().flatten(), x.shape[1], layer, observer.names[layer])
         mean, var = _moments(x)
-        observer.hand_over(
-            layer, channels, mean if kept is None else mean[kept], var if kept is None else var[kept], count
-        )
+        if kept is not None:
+            mean, var = mean[kept], var[kept]
+        observer.hand_over(layer, channels, mean, var, count)
 
-    hooks = layer.register_forward_pre_hook(before), layer.register_forward_hook(after, with_kwargs=True)
+    hooks = (
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(after, with_kwargs=True),
+    )
     try:
         yield
     finally:
@@ -187,14 +199,39 @@ def _watched(layer: _BatchNorm, observer: _Observer) -> Iterator[None]:
             hook.remove()
 
 
-def _moved(layer: _BatchNorm, width: int) -> tuple[slice | Tensor | None, Tensor | None]:
-    """The channels of a layer that its forward has moved, and which of the input's ``width`` channels they are (None:
-    all). A layer that masks its channels may use any of them, and not all that come in.
+def _moved(moved: Tensor, width: int, layer: _BatchNorm, name: str) -> tuple[slice | Tensor | None, Tensor | None]:
+    """The channels of a layer that ran, and which of the input's ``width`` channels they are (None: all), by those that
+    its forward has ``moved``. A layer that masks its channels may use any of them, and not all that come in.
     """
-    moved = (layer.running_var != _UNTOUCHED).nonzero().flatten()  # type: ignore[union-attr]
-    if width == layer.num_features:
-        return (None, None) if len(moved) in (0, width) else (moved, moved)
-    return (moved if len(moved) == width else slice(0, width)), None
+    size = _size(layer)
+    if width == size:
+        # Half precision rounds small steps away: a channel that has not moved may have run.
+        exact = _statistics(layer)[1].dtype in (torch.float32, torch.float64)
+        return (moved, moved) if exact and 0 < len(moved) < size else (None, None)
+    if len(moved) == width:
+        return moved, None
+    if len(moved) == 0 and width < size:
+        return slice(0, width), None
+    raise InputError(
+        f"model: layer {name}, a {type(layer).__name__}, gets {width} channels and moves {len(moved)} of its {size} "
+        "statistics; which belong together cannot be told, so leave it out by modules"
+    )
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of an observed layer, which has them."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def _size(layer: _BatchNorm) -> int:
+    """How many running means a layer has: subclasses may keep several for each of their features."""
+    return len(_statistics(layer)[0])
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return next(iter((*args, *kwargs.values())))
 
 
 @contextmanager

@@ -66,6 +66,9 @@ def main() -> int:
         if not 1 <= options.threads <= MAX_THREADS:
             raise InputError(f"--threads: got {options.threads}; expected 1 to {MAX_THREADS:,}")
         torch.set_num_threads(options.threads)
+        device = _device(options.device)
+        if not (options.folder / "config.json").exists():
+            raise InputError(f"--folder: {options.folder} is not a run folder; name one with a trained supernet")
         measured = measure(
             options.folder,
             options.sizes,
@@ -73,7 +76,7 @@ def main() -> int:
             architectures=options.architectures,
             reference=options.reference,
             validation=options.validation,
-            device=_device(options.device),
+            device=device,
         )
     except (InputError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -65,7 +65,7 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, monkeypatch, capsys):
     for wrong in ({"reference": 0}, {"validation": -5}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             _measure(tmp_path, **wrong)
-    for arguments, says in ((["--device", "cuda:77"], "--device"), (["--threads", "0"], "--threads")):
+    for arguments, says in ((["--device", "cuda:77"], "--device"), (["--threads", "0"], "--threads"), ([], "--folder")):
         monkeypatch.setattr("sys.argv", ["stability", "--folder", str(tmp_path), *arguments])
         assert stability.main() == 2 and says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ its own (arXiv 1904.00420, section 3.4).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -65,7 +65,7 @@ def recalibrate(
         set_path: called once with the model before anything else: chooses the path of a supernet.
         inputs: where in a batch the network's input is: a key or an index, or a function of the batch.
         images: use at most that many images; the last batch is cut. Default: all. Fewer are no error.
-        device: moves the inputs there; default: they stay where they are.
+        device: moves the inputs there, tensors in dicts, tuples and lists too; default: they stay where they are.
         modules: where to look for normalisation layers; default all of ``model``. A supernet's path is enough.
         forward: runs the network on one input; default ``model`` itself.
         allow_nonfinite: keep statistics that came out NaN or infinite, instead of refusing them.
@@ -73,7 +73,8 @@ def recalibrate(
     Raises:
         InputError: unknown mode, no normalisation layer with running statistics, none that runs, a lazy one that has
             not run yet, DataParallel on several devices, no batch, a batch that is no tensor, a layer that gets a
-            single value a channel, statistics that are NaN or infinite.
+            single value a channel, statistics that are NaN or infinite, a scripted or traced model, inputs that cannot
+            be moved to ``device``.
     """
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}; expected one of {', '.join(MODES)}")
@@ -86,7 +87,7 @@ def recalibrate(
         set_path(model)
     roots = [model] if modules is None else list(modules)
     norms = list(dict.fromkeys(m for root in roots for m in root.modules() if isinstance(m, _BatchNorm)))
-    names = _names(model, norms)
+    names = _names(model, norms, roots, given=modules is not None)
     statistics = {layer: _Statistics(layer, mode) for layer in names}
     everything = dict.fromkeys(module for root in (model, *roots) for module in root.modules())
 
@@ -180,12 +181,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _names(model: nn.Module, norms: list[_BatchNorm]) -> dict[_BatchNorm, str]:
-    """The layers that have running statistics, with their names.
+def _names(model: nn.Module, norms: list[_BatchNorm], roots: Sequence[nn.Module], given: bool) -> dict[_BatchNorm, str]:
+    """The layers of ``roots`` (``given`` as modules) that have running statistics, with their names.
 
     Raises:
-        InputError: there is none, or one that does not know its channels yet.
+        InputError: there is none, or one that does not know its channels yet, or one in scripted code.
     """
+    argument = "modules" if given else "model"
+    for module in (module for root in roots for module in root.modules()):
+        if isinstance(module, torch.jit.ScriptModule) and (module is model or "BatchNorm" in module.original_name):
+            raise InputError(
+                f"{argument}: got a scripted or traced {module.original_name}, which cannot be looked into; "
+                "recalibrate the module that it was made from"
+            )
     known: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     names = {
         layer: known.get(layer) or type(layer).__name__
@@ -194,7 +202,7 @@ def _names(model: nn.Module, norms: list[_BatchNorm]) -> dict[_BatchNorm, str]:
     }
     if not names:
         raise InputError(
-            "model: has no batch normalisation with running statistics, so there is nothing to recalibrate"
+            f"{argument}: has no batch normalisation with running statistics, so there is nothing to recalibrate"
         )
     for layer, name in names.items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
@@ -267,9 +275,26 @@ def _inputs(
                 raise InputError(f"images: cannot be counted in a {type(x).__name__}; let inputs return a tensor")
             x = x[:left]
             left -= len(x)
-        yield x.to(device, non_blocking=True) if device is not None and isinstance(x, Tensor) else x
+        yield x if device is None else _on(x, device)
         if left == 0:
             return
+
+
+def _on(x: Any, device: Any) -> Any:
+    """An input, and the tensors of a container, on the device."""
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    if hasattr(x, "to"):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {key: _on(value, device) for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_on(value, device) for value in x))
+    if isinstance(x, (tuple, list)):
+        return type(x)(_on(value, device) for value in x)
+    if x is None or isinstance(x, (str, bytes, int, float)):
+        return x
+    raise InputError(f"device: a {type(x).__name__} cannot be moved; let inputs return tensors, or do it in forward")
 
 
 def _tensor(batch: Any, where: Hashable) -> Tensor:

@@ -156,3 +156,17 @@ def test_layers_left_out_that_are_run_by_hand():
     recalibrate(net, _batches(), modules=[net[4]])
     hook.remove()
     assert torch.equal(seen[0], wanted) and (net[1].bn.running_mean == 7).all()
+
+
+def test_scripted_layers():
+    """Code that cannot be looked into is named, as a whole model and as a part, instead of skipped or denied; where no
+    normalisation is scripted, or modules leave it out, nothing is wrong."""
+    scripted = torch.jit.script(nn.BatchNorm2d(8))
+    for model, name in ((torch.jit.script(_network(nn.BatchNorm2d(8))), "Sequential"), (_network(scripted), "BatchNo")):
+        with pytest.raises(InputError, match=f"model: got a scripted or traced {name}"):
+            recalibrate(model, _batches())
+    net = _network(torch.jit.script(nn.Dropout()))
+    recalibrate(net, _batches())
+    left_out = _network(scripted)
+    recalibrate(left_out, _batches(), modules=[left_out[4]])
+    assert net[4].num_batches_tracked == left_out[4].num_batches_tracked == 3

@@ -1,11 +1,11 @@
 """Recalibration of plain PyTorch models: every kind of layer and of loader, against float64 and against hooks."""
 
+import collections
 import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spos_fast import InputError, recalibrate
 from spos_fast.calibration import MODES
@@ -250,6 +250,25 @@ def test_moved_to_a_device():
     assert seen == ["meta", "cpu"]
 
 
+def test_containers_are_moved_to_a_device():
+    """``device`` moves the tensors in what ``inputs`` returns, and says so where it cannot."""
+    norm, x, seen = nn.BatchNorm2d(2), torch.randn(4, 2, 3, 3), []
+    Pair = collections.namedtuple("Pair", "image label")
+
+    def forward(moved):
+        seen.append(moved)
+        return norm(x)
+
+    item = {"image": x, "more": [x, (Pair(x, 3), "name", None)]}
+    recalibrate(norm, [item], inputs=lambda batch: batch, device="meta", forward=forward)
+    (moved,) = seen
+    pair, *rest = moved["more"][1]
+    assert all(value.device.type == "meta" for value in (moved["image"], moved["more"][0], pair.image))
+    assert isinstance(pair, Pair) and pair.label == 3 and rest == ["name", None] and x.device.type == "cpu"
+    with pytest.raises(InputError, match="device: a object cannot be moved"):
+        recalibrate(norm, [x], inputs=lambda batch: object(), device="meta", forward=forward)
+
+
 def test_sync_batch_norm_in_a_process_group(tmp_path):
     """SyncBatchNorm refuses CPU tensors as soon as processes are joined; recalibration runs on each one's own."""
     model, batches = _model("SyncBatchNorm")
@@ -304,6 +323,7 @@ def _broken(model, name):
         "no batch norm": (nn.Linear(3, 3), good, "model: has no batch normalisation"),
         "only untracked": (nn.BatchNorm2d(3, track_running_stats=False), good, "model: has no batch normalisation"),
         "only instance norm": (nn.InstanceNorm2d(3, track_running_stats=True), good, "model: has no batch normal"),
+        "no modules": ((model, {"modules": []}), good, "modules: has no batch normalisation"),
         "one value": (model, [good[0], good[0][:1]], "batches: layer 9 gets 1 value a channel"),
         "no image": (model, [good[0][:0]], "batches: layer 1 gets no values a channel"),
         "NaN": (model, [good[0], nan], "batches: NaN or infinite values reach 8 of 8"),
@@ -336,7 +356,7 @@ def _parallel(model):
     [
         "empty", "no batch norm", "only untracked", "only instance norm", "one value", "no image", "NaN", "a tensor",
         "dicts", "wrong key", "wrong index", "numbers", "empty tuple", "images", "images of dicts", "lazy",
-        "never called", "devices",
+        "never called", "devices", "no modules",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("mode", ["cumulative", "pooled"])
@@ -393,33 +413,3 @@ def test_the_layers_move_as_usual_afterwards():
         net.train()(batches[0])
     assert model[1].num_batches_tracked == 4
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
-
-
-class Interrupt(TorchDispatchMode):
-    """Ctrl-C in front of the operation with that number."""
-
-    def __init__(self, at):
-        super().__init__()
-        self.at, self.count = at, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.at:
-            raise KeyboardInterrupt
-        return func(*args, **(kwargs or {}))
-
-
-def test_interrupted_anywhere():
-    """Ctrl-C in front of any operation, also those that write results or put statistics back: nothing has changed."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SyncBatchNorm(4)).train()
-    before = copy.deepcopy(model.state_dict())
-    batches = torch.randn(8, 3, 5, 5).split(4)
-    twin = copy.deepcopy(model)
-    with Interrupt(0) as operations:
-        recalibrate(twin, batches)
-    for at in range(1, operations.count + 1):
-        with pytest.raises(KeyboardInterrupt), Interrupt(at):
-            recalibrate(model, batches)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), at
-        assert all(module.training for module in model.modules())

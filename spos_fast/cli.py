@@ -318,25 +318,30 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
     from spos_fast.config import SECTIONS, documented_fields
 
     for section in sections:
-        first_line = (SECTIONS[section].__doc__ or "").strip().splitlines()[0]
-        group = command.add_argument_group(f"{section}: {first_line.rstrip('.')}")
-        for name, _, default, text in documented_fields(SECTIONS[section]):
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            text = text.rstrip(".").replace("%", "%%")
-            group.add_argument(
-                f"--{section}.{name}", metavar="VALUE", help=f"{text} (default {shown})" if shown != "" else text
-            )
+        there: set[str] = set()
+        for variant in SECTIONS[section]:
+            first_line = (variant.__doc__ or "").strip().splitlines()[0]
+            group = command.add_argument_group(f"{section}: {first_line.rstrip('.')}")
+            for name, _, default, text in documented_fields(variant):
+                if name in there:  # spaces share some settings
+                    continue
+                there.add(name)
+                shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+                text = text.rstrip(".").replace("%", "%%")
+                group.add_argument(
+                    f"--{section}.{name}", metavar="VALUE", help=f"{text} (default {shown})" if shown != "" else text
+                )
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
     """Settings given as flags, as nested plain values."""
-    from spos_fast.config import SECTIONS, documented_fields, parse_flag
+    from spos_fast.config import parse_flag, settings_of
 
     values: dict[str, Any] = {}
     if options.seed is not None:
         values["seed"] = parse_flag("--seed", options.seed, int)
     for section in SECTIONS_OF[options.command]:
-        for name, kind, _, _ in documented_fields(SECTIONS[section]):
+        for name, kind, _, _ in settings_of(section):
             text = getattr(options, f"{section}.{name}")
             if text is not None:
                 values.setdefault(section, {})[name] = parse_flag(f"--{section}.{name}", text, kind)

@@ -17,7 +17,8 @@ from spos_fast.data import DataSource, load
 from spos_fast.errors import InputError
 from spos_fast.pareto import check_objectives
 from spos_fast.sampling import Constraint, UniformSampler
-from spos_fast.spaces import SPACES, Space
+from spos_fast.spaces import Space
+from spos_fast.spaces.settings import SPACE_CONFIGS, ShuffleNetV2Config, SpaceConfig
 from spos_fast.training import TrainConfig
 from spos_fast.widening import WideningSampler
 
@@ -68,45 +69,6 @@ class DataConfig:
             options = {"input_size": self.input_size, "normalize": self.normalize, "workers": workers}
         per_class = int(self.validation) if self.validation >= 1 else self.validation
         return load(self.name, self.path or None, validation=per_class or None, **options)
-
-
-@dataclass(frozen=True)
-class SpaceConfig:
-    """Which search space, and its sizes. Defaults are the paper's.
-
-    Attributes:
-        name: shufflenet_v2.
-        stem_channels: output channels of the stem.
-        stem_stride: 1 or 2.
-        stage_channels: output channels of every stage.
-        stage_repeats: choice blocks of every stage.
-        stage_strides: stride of the first block of every stage.
-        head_channels: channels of the last convolution.
-        dropout: probability before the classifier.
-        init: initial weights: published, or pytorch (better for short schedules).
-        channels: ratios that the mid channels of every block are searched in, such as 0.2,0.4,0.6; empty: no widths.
-        blocks: choice block of every layer by index, for a search of widths only; one number stands for all layers.
-            Empty: blocks are searched.
-    """
-
-    name: str = "shufflenet_v2"
-    stem_channels: int = 16
-    stem_stride: int = 2
-    stage_channels: tuple[int, ...] = (64, 160, 320, 640)
-    stage_repeats: tuple[int, ...] = (4, 4, 8, 4)
-    stage_strides: tuple[int, ...] = (2, 2, 2, 2)
-    head_channels: int = 1024
-    dropout: float = 0.1
-    init: str = "published"
-    channels: tuple[float, ...] = ()
-    blocks: tuple[int, ...] = ()
-
-    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> Space:
-        """The space for images of one data set."""
-        if self.name not in SPACES:
-            raise InputError(f"space.name: got {self.name!r}; expected one of {', '.join(SPACES)}")
-        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
-        return SPACES[self.name](input_size=input_size, in_channels=in_channels, num_classes=num_classes, **sizes)
 
 
 @dataclass(frozen=True)
@@ -288,7 +250,7 @@ class Config:
     Attributes:
         seed: of every random choice.
         data: see :class:`DataConfig`.
-        space: see :class:`SpaceConfig`.
+        space: the fields of the space that it names, see :mod:`spos_fast.spaces.settings`.
         train: see :class:`SupernetConfig`.
         search: see :class:`SearchConfig`.
         retrain: see :class:`RetrainConfig`.
@@ -296,18 +258,19 @@ class Config:
 
     seed: int = 0
     data: DataConfig = DataConfig()
-    space: SpaceConfig = SpaceConfig()
+    space: SpaceConfig = dataclasses.field(default_factory=ShuffleNetV2Config)
     train: SupernetConfig = SupernetConfig()
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
 
 
-SECTIONS: dict[str, Any] = {
-    "data": DataConfig,
-    "space": SpaceConfig,
-    "train": SupernetConfig,
-    "search": SearchConfig,
-    "retrain": RetrainConfig,
+# The dataclasses that a section may be of: what it names decides, or there is but one.
+SECTIONS: dict[str, tuple[Any, ...]] = {
+    "data": (DataConfig,),
+    "space": tuple(SPACE_CONFIGS.values()),
+    "train": (SupernetConfig,),
+    "search": (SearchConfig,),
+    "retrain": (RetrainConfig,),
 }
 
 
@@ -326,7 +289,7 @@ def config_from(values: Mapping[str, Any], origin: str) -> Config:
         if name in SECTIONS:
             if not isinstance(value, Mapping):
                 raise InputError(f"{origin}: [{name}] must be a table, got {value!r}")
-            section = SECTIONS[name]
+            section = _section(name, value)
             hints = get_type_hints(section)
             fields = {field.name for field in dataclasses.fields(section)}
             unknown = sorted(set(value) - fields)
@@ -344,6 +307,16 @@ def config_from(values: Mapping[str, Any], origin: str) -> Config:
         else:
             raise InputError(f"{origin}: {name} is no setting; there are seed, {', '.join(SECTIONS)}")
     return Config(**parts)
+
+
+def _section(name: str, value: Mapping[str, Any]) -> Any:
+    """The dataclass of a section with these values."""
+    if name != "space":
+        return SECTIONS[name][0]
+    chosen = value.get("name", next(iter(SPACE_CONFIGS)))
+    if chosen not in SPACE_CONFIGS:
+        raise InputError(f"space.name: got {chosen!r}; expected one of {', '.join(SPACE_CONFIGS)}")
+    return SPACE_CONFIGS[chosen]
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
@@ -392,6 +365,17 @@ def plain(config: Config) -> dict[str, Any]:
         return list(value) if isinstance(value, tuple) else value
 
     return convert(config)
+
+
+def settings_of(section: str) -> list[tuple[str, Any, Any, str]]:
+    """(name, type, default, description) of every setting that a section may have, whatever it names. Where several
+    spaces have a setting, its text is that of the first one.
+    """
+    found: dict[str, tuple[str, Any, Any, str]] = {}
+    for variant in SECTIONS[section]:
+        for field in documented_fields(variant):
+            found.setdefault(field[0], field)
+    return list(found.values())
 
 
 def documented_fields(section: type) -> list[tuple[str, Any, Any, str]]:

@@ -154,7 +154,7 @@ class Evaluator:
             return []
         net = self.net
         blocks = [
-            {(choice, mid): Part(candidates[choice], mid) for choice, mid in {route[layer] for route in routes}}  # type: ignore[index]
+            {step: Part(candidates[step[0]], step[1]) for step in {route[layer] for route in routes}}  # type: ignore[index]
             for layer, candidates in enumerate(net.features)
         ]
         parts = Parts(Part(net.first_conv), blocks, HeadPart(net.conv_last, _Classifier(net)))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +71,10 @@ class Needs(NamedTuple):
 
 
 class Probe:
-    """Measures parts on a few images, each module and width once."""
+    """Measures parts on a few images, each module and setting once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[nn.Module, int | None], tuple[int, int]] = {}
+        self._known: dict[tuple[nn.Module, Any], tuple[int, int]] = {}
 
     def needs(self, parts: Parts, images: Tensor) -> Needs:
         """What any path of these parts needs.

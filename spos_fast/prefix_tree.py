@@ -14,8 +14,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from spos_fast.nn.parts import HeadPart, Part
+from spos_fast.supernet import Step
 
-Route = tuple[tuple[int, int], ...]
+Route = tuple[Step, ...]
 
 
 @dataclass(eq=False)
@@ -57,12 +58,12 @@ class Parts(NamedTuple):
 
     Attributes:
         stem: what all begin with.
-        blocks: for every layer the part of each candidate and width.
+        blocks: for every layer the part of each candidate and setting.
         head: what all end with.
     """
 
     stem: Part
-    blocks: list[dict[tuple[int, int], Part]]
+    blocks: list[dict[Step, Part]]
     head: HeadPart
 
     @property
@@ -76,14 +77,14 @@ def build(parts: Parts, routes: Sequence[Route], shared: int) -> Node:
 
     Args:
         parts: what they run through.
-        routes: candidate and width for every layer; no two are equal.
+        routes: candidate and setting for every layer; no two are equal.
         shared: the stem and so many blocks are shared; behind, every route has nodes of its own.
 
     Returns:
         The root. Leaves are numbered as the routes.
     """
     root = Node(parts.stem)
-    places: dict[tuple[tuple[int, int], ...], Node] = {}
+    places: dict[Route, Node] = {}
     # In order, so that the tree does not depend on the order of the routes.
     for leaf in sorted(range(len(routes)), key=lambda index: routes[index]):
         node, route = root, routes[leaf]

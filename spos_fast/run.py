@@ -140,8 +140,10 @@ def resolve(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> 
         InputError: a given setting is wrong, or differs from a bound one.
     """
     path = Path(path)
-    config_from(merged(preset, flags), "settings")
     stored, before = _read(path / "config.json"), _read(path / "given.json")
+    # Settings of a space can be given without its name, which the run knows.
+    earlier = merged(*(_space_name(values) for values in (stored, before.get("preset", {}), before.get("flags", {}))))
+    config_from(merged(earlier, preset, flags), "settings")
     bound = {name: stored[name] for name in _bound(path) if name in stored}
     if isinstance(bound.get("data"), dict):
         bound["data"] = {key: value for key, value in bound["data"].items() if key != "path"}
@@ -159,12 +161,20 @@ def resolve(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> 
                 raise _differs(path, part, value, asked[part])
             continue
         wanted = plain(config_from({part: asked[part]}, "settings"))[part]
+        if part == "space" and wanted["name"] != value["name"]:
+            raise _differs(path, "space.name", value["name"], wanted["name"])
         for key in value:
             if (part, key) == ("data", "path"):
                 continue
             if wanted[key] != value[key]:
                 raise _differs(path, f"{part}.{key}", value[key], wanted[key])
     return config
+
+
+def _space_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The name of the space alone, if the values have one."""
+    space = values.get("space")
+    return {"space": {"name": space["name"]}} if isinstance(space, Mapping) and "name" in space else {}
 
 
 def _data_path(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

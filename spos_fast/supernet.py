@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from spos_fast.architecture import Architecture
 from spos_fast.errors import CheckpointError
 
+# What a block of a supernet is called with beside its input.
+Setting = int | tuple[int, ...]
+# A block of a route: the index of its candidate and its setting.
+Step = tuple[int, Setting]
+
 
 class Network(nn.Module):
     """A plain single-path network: stem, one block a layer, head.
@@ -53,13 +58,14 @@ class Supernet(nn.Module):
     """All candidates of every block; ``net(x, arch)`` runs the one that the architecture names, and touches no other.
 
     Parameters off the path keep ``grad`` None, so the optimiser neither decays them nor moves their momentum, and no
-    memory is spent on their gradients. A block that runs narrower than it is stored uses the first of its mid channels:
+    memory is spent on their gradients. A block that runs narrower than it is stored uses the first of its channels:
     the gradient of the others is zero, the optimiser's decay and momentum go on in them.
 
     Args:
         first_conv, conv_last, classifier, dropout: as in :class:`Network`.
-        features: for every block its candidates, called with their input and a number of mid channels.
-        route: for every block of an architecture the index of its candidate and its number of mid channels; raises
+        features: for every block its candidates, called with their input and a setting.
+        route: for every block of an architecture the index of its candidate and the setting that it runs with (a number
+            of mid channels, a pair of bit-widths, ...): an integer, or a tuple of integers, of one form a layer. Raises
             ``InputError`` if the architecture is not of the space.
         build: builds the plain :class:`Network` of an architecture (``space.build``).
     """
@@ -72,7 +78,7 @@ class Supernet(nn.Module):
         classifier: nn.Module,
         dropout: float,
         *,
-        route: Callable[[Architecture], Sequence[tuple[int, int]]],
+        route: Callable[[Architecture], Sequence[Step]],
         build: Callable[[Architecture], nn.Module],
     ) -> None:
         super().__init__()
@@ -93,18 +99,18 @@ class Supernet(nn.Module):
         blocks = [block for block, _ in self._blocks(arch)]
         return [self.first_conv, *blocks, self.conv_last, self.dropout, self.classifier]
 
-    def route(self, arch: Architecture) -> list[tuple[int, int]]:
-        """For every block the index of its candidate in :attr:`features` and its number of mid channels.
+    def route(self, arch: Architecture) -> list[Step]:
+        """For every block the index of its candidate in :attr:`features` and the setting that it runs with.
 
         Raises:
             InputError: the architecture is not of this supernet's space.
         """
         return list(self._route(arch))
 
-    def _blocks(self, arch: Architecture) -> list[tuple[nn.Module, int]]:
-        """The blocks of the path and their mid channels."""
+    def _blocks(self, arch: Architecture) -> list[tuple[nn.Module, Setting]]:
+        """The blocks of the path and their settings."""
         routed = zip(self.features, self._route(arch), strict=True)
-        return [(candidates[choice], mid) for candidates, (choice, mid) in routed]  # type: ignore[index]
+        return [(candidates[choice], setting) for candidates, (choice, setting) in routed]  # type: ignore[index]
 
     def forward(self, x: Tensor, arch: Architecture) -> Tensor:
         """Images ``[N, C, H, W]`` through the path of ``arch`` to logits ``[N, classes]``.
@@ -114,8 +120,8 @@ class Supernet(nn.Module):
         """
         blocks = self._blocks(arch)
         x = self.first_conv(x)
-        for block, mid in blocks:
-            x = block(x, mid)
+        for block, setting in blocks:
+            x = block(x, setting)
         return self.classify(self.conv_last(x))
 
     def classify(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def again_commands(data: RunData) -> list[str]:
 
 def _flags(data: RunData, section: str) -> list[str]:
     values, words = plain(data.config)[section], []
-    for name, _, default, _ in documented_fields(SECTIONS[section]):
+    for name, _, default, _ in documented_fields(type(getattr(data.config, section))):
         value = values[name]
         kept = data.path / "search" / "latency.json"
         if name == "latency_table" and value and kept.exists():

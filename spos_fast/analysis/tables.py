@@ -11,7 +11,7 @@ from spos_fast.analysis.drawing import milliseconds, short_number
 from spos_fast.analysis.keys import choice_cell, choice_key
 from spos_fast.analysis.run_data import RunData, Scored, Tested
 from spos_fast.analysis.summary import Row, wilson_interval
-from spos_fast.config import SECTIONS, documented_fields, plain
+from spos_fast.config import documented_fields, plain
 
 
 def percent(value: float, images: int) -> str:
@@ -107,7 +107,7 @@ def settings_tables(data: RunData) -> str:
     tables = []
     for section in data.sections:
         lines = []
-        for name, _, default, description in documented_fields(SECTIONS[section]):
+        for name, _, default, description in documented_fields(type(getattr(data.config, section))):
             value = values[section][name]
             changed = ' class="changed"' if value != (list(default) if isinstance(default, tuple) else default) else ""
             lines.append(

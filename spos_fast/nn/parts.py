@@ -53,7 +53,7 @@ class Statistics(NamedTuple):
 
 
 class Part:
-    """A module of a path at one width, to be run on batch statistics or on given ones.
+    """A module of a path with one setting, to be run on batch statistics or on given ones.
 
     A part knows the module as it was when the part was made. It must be in evaluation mode, its normalisation layers
     too, and gradients off. Units run as fused ops where those give the same; everything else runs its own forward, with
@@ -61,8 +61,8 @@ class Part:
     their batch, as they always do.
 
     Args:
-        module: called with its input, and with ``mid`` unless that is None.
-        mid: number of mid channels that it uses.
+        module: called with its input, and with ``setting`` unless that is None.
+        setting: how it runs; a unit's number of mid channels.
 
     Attributes:
         key: equal for parts that run the same.
@@ -71,15 +71,16 @@ class Part:
         fuses: whether :meth:`infer` normalises by scale and shift, if the images allow it.
     """
 
-    def __init__(self, module: nn.Module, mid: int | None = None) -> None:
-        self.module, self.mid = module, mid
-        self.key: tuple[nn.Module, int | None] = (module, mid)
+    def __init__(self, module: nn.Module, setting: int | tuple[int, ...] | None = None) -> None:
+        self.module, self.setting = module, setting
+        self.key: tuple[nn.Module, int | tuple[int, ...] | None] = (module, setting)
         layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.norms = [layer for layer in layers if layer.running_mean is not None]
         self.widths = [layer.num_features for layer in self.norms]
         self._block: fused.Block | None = None
         own_forward = type(module).forward is not Unit.forward or fused.changed(module)
         if isinstance(module, Unit) and not own_forward and self.norms == layers:
+            mid = cast("int | None", setting)
             self.widths, self._block = module.normalised(mid), module.matched(mid)
         self.fuses = self._block is not None
 
@@ -129,7 +130,7 @@ class Part:
     def _run(self, x: Tensor) -> Tensor:
         # Others read x too, and a module may write to its input, or return it for the next one to write to.
         x = x.clone()
-        return cast(Tensor, self.module(x) if self.mid is None else self.module(x, self.mid))
+        return cast(Tensor, self.module(x) if self.setting is None else self.module(x, self.setting))
 
     def _calibrate_modules(self, x: Tensor) -> tuple[Tensor, Moments]:
         seen: dict[_BatchNorm, tuple[Tensor, Tensor, int]] = {}

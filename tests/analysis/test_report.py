@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
@@ -20,7 +20,7 @@ from spos_fast.analysis.run_data import read_run
 from spos_fast.analysis.summary import (
     comparison,
 )
-from spos_fast.config import SECTIONS, config_from, merged, parse_flag, plain
+from spos_fast.config import SECTIONS, config_from, merged, parse_flag, plain, settings_of
 from spos_fast.errors import InputError
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import ShuffleNetV2
@@ -335,7 +335,7 @@ def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path, wi
                 elif name == "seed":
                     given["seed"] = int(text)
                 else:
-                    kind = get_type_hints(SECTIONS[section])[key]
+                    kind = next(kind for name, kind, _, _ in settings_of(section) if name == key)
                     given = merged(given, {section: {key: parse_flag(name, text, kind)}})
         assert set(given) - {"seed"} <= set(SECTIONS)
         assert plain(config_from(given, "commands")) == json.loads((run / "config.json").read_text())

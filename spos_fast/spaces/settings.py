@@ -1,0 +1,80 @@
+"""What a user can set of each search space: the section ``space`` of the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from spos_fast.spaces import Space
+from spos_fast.spaces.shufflenet_v2 import ShuffleNetV2
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """Which search space, and its sizes; defaults are the papers'. Every space has fields of its own.
+
+    Attributes:
+        name: the search space: shufflenet_v2.
+    """
+
+    name: str
+
+    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> Space:
+        """The space for images of one data set.
+
+        Raises:
+            InputError: sizes that give no network.
+        """
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, object]:
+        """All fields but the name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+
+
+@dataclass(frozen=True)
+class ShuffleNetV2Config(SpaceConfig):
+    """Sizes of the ShuffleNetV2 space. Defaults are the paper's.
+
+    Attributes:
+        stem_channels: output channels of the stem.
+        stem_stride: 1 or 2.
+        stage_channels: output channels of every stage.
+        stage_repeats: choice blocks of every stage.
+        stage_strides: stride of the first block of every stage.
+        head_channels: channels of the last convolution.
+        dropout: probability before the classifier.
+        init: initial weights: published, or pytorch (better for short schedules).
+        channels: ratios that the mid channels of every block are searched in, such as 0.2,0.4,0.6; empty: no widths.
+        blocks: choice block of every layer by index, for a search of widths only; one number stands for all layers.
+            Empty: blocks are searched.
+    """
+
+    name: str = ShuffleNetV2.name
+    stem_channels: int = 16
+    stem_stride: int = 2
+    stage_channels: tuple[int, ...] = (64, 160, 320, 640)
+    stage_repeats: tuple[int, ...] = (4, 4, 8, 4)
+    stage_strides: tuple[int, ...] = (2, 2, 2, 2)
+    head_channels: int = 1024
+    dropout: float = 0.1
+    init: str = "published"
+    channels: tuple[float, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> ShuffleNetV2:
+        """The space for images of one data set.
+
+        Raises:
+            InputError: sizes that give no network.
+        """
+        return ShuffleNetV2(
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            **self.sizes(),  # type: ignore[arg-type]
+        )
+
+
+# By the name that a user gives; the first is the default.
+SPACE_CONFIGS: dict[str, type[SpaceConfig]] = {ShuffleNetV2.name: ShuffleNetV2Config}

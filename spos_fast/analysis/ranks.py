@@ -148,9 +148,8 @@ def tau_interval(
     """
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(f"confidence, resamples: got {confidence} and {resamples}; expected such as 0.95 and 1000")
-    x, y = _checked(predicted=predicted, true=true)
     # Ranks, for integers sort faster; tau-b does not change.
-    x, y = (np.unique(values, return_inverse=True)[1] for values in (x, y))
+    x, y = (np.unique(values, return_inverse=True)[1] for values in _checked(predicted=predicted, true=true))
     rng = np.random.default_rng(seed)
     taus = np.empty(resamples)
     for number in range(resamples):

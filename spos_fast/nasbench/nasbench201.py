@@ -129,8 +129,8 @@ class NASBench201(ArchitectureTable):
                     if values is not None:
                         columns[f"{short}_{split}_{epochs}"] = values
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **columns)
-        write_whole(out, buffer.getvalue())
+        np.savez_compressed(buffer, **columns)  # type: ignore[arg-type]  # its stub takes the names for options
+        write_whole(Path(out), buffer.getvalue())
         return cls(out)
 
     def accuracies(self, dataset: str = "cifar10", split: str = "test", epochs: int = 200) -> NDArray[np.float64]:

@@ -111,15 +111,19 @@ class SupernetConfig(CostRange, TrainConfig):
         widening_start: share of the steps in which blocks run at their widest ratio only.
         widening_end: share of the steps after which all ratios are drawn, within the ranges of cost; in between the
             smaller ones join one by one. 0: all from the first step on.
+        keep_checkpoints: how many states of the supernet on the way are kept, evenly spaced, beside the last.
     """
 
     widening_start: float = 0.0
     widening_end: float = 0.0
+    keep_checkpoints: int = 0
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         CostRange.__post_init__(self)
         _ = self.constraint
+        if self.keep_checkpoints < 0:
+            raise InputError(f"keep_checkpoints: got {self.keep_checkpoints}; expected 0 or more")
         if not 0 <= self.widening_start <= self.widening_end <= 1:
             raise InputError(
                 f"widening_start, widening_end: got {self.widening_start:g} and {self.widening_end:g}; "

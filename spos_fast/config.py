@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spos_fast.calibration import MODES
 from spos_fast.data import DataSource, load
 from spos_fast.errors import InputError
+from spos_fast.isomorphism import IsomorphismSampler
 from spos_fast.pareto import check_objectives
 from spos_fast.sampling import Constraint, UniformSampler
 from spos_fast.spaces import Space
@@ -108,11 +109,14 @@ class SupernetConfig(CostRange, TrainConfig):
     """Training of the supernet; the ranges of cost are those of the sampled paths.
 
     Attributes:
+        sampling: uniform over architectures, or isomorphism, uniform over classes of those whose networks are the same
+            (in nasbench201 and nasbench_macro).
         widening_start: share of the steps in which blocks run at their widest ratio only.
         widening_end: share of the steps after which all ratios are drawn, within the ranges of cost; in between the
             smaller ones join one by one. 0: all from the first step on.
     """
 
+    sampling: str = "uniform"
     widening_start: float = 0.0
     widening_end: float = 0.0
 
@@ -120,18 +124,25 @@ class SupernetConfig(CostRange, TrainConfig):
         TrainConfig.__post_init__(self)
         CostRange.__post_init__(self)
         _ = self.constraint
+        if self.sampling not in ("uniform", "isomorphism"):
+            raise InputError(f"sampling: got {self.sampling!r}; expected uniform or isomorphism")
+        if self.sampling != "uniform" and self.widening_end:
+            raise InputError("sampling: a widening schedule draws uniformly; leave one of the two out")
         if not 0 <= self.widening_start <= self.widening_end <= 1:
             raise InputError(
                 f"widening_start, widening_end: got {self.widening_start:g} and {self.widening_end:g}; "
                 "expected shares of the steps, the first not above the second"
             )
 
-    def sampler(self, space: Space) -> UniformSampler | WideningSampler:
+    def sampler(self, space: Space) -> UniformSampler | WideningSampler | IsomorphismSampler:
         """What draws the paths of the training.
 
         Raises:
-            InputError: an infeasible constraint, or a widening schedule for a space without widths.
+            InputError: an infeasible constraint, a widening schedule for a space without widths, or isomorphism in a
+                space that is too large for it.
         """
+        if self.sampling == "isomorphism":
+            return IsomorphismSampler(space, self.constraint)
         sampler = UniformSampler(space, self.constraint)
         if self.widening_end == 0:
             return sampler

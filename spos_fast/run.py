@@ -8,8 +8,9 @@
     search/candidates.jsonl     every scored candidate; evolution.json, random_search.json, best.json at the end;
                                 pareto.json, front.json with objectives; latency.json: the table that limits rest on
     retrain/LABEL/              checkpoint.pt, metrics.jsonl, result.json of one architecture
+    consistency/WAY.jsonl       scores of architectures, one file for each way to score them; result.json
     tensorboard/                scalars
-    report.html
+    report.html, report_consistency.html
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STAGES = {
     "train": ("seed", "data", "space", "train"),
     "search": ("seed", "data", "space", "train", "search"),
     "retrain": ("seed", "data", "space", "train", "search", "retrain"),
+    "consistency": ("seed", "data", "space", "train", "consistency"),
 }
 
 

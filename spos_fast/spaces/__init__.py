@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from spos_fast.spaces.base import METRICS, Cost, CostTable, Space
+from spos_fast.spaces.nasbench201 import NASBench201
+from spos_fast.spaces.nasbench_macro import NASBenchMacro
 from spos_fast.spaces.shufflenet_v2 import ShuffleNetV2
 
 # Every space takes input_size, in_channels and num_classes, beside sizes of its own.
-SPACES: dict[str, Callable[..., Space]] = {ShuffleNetV2.name: ShuffleNetV2}
+SPACES: dict[str, Callable[..., Space]] = {space.name: space for space in (ShuffleNetV2, NASBench201, NASBenchMacro)}
 
-__all__ = ["METRICS", "SPACES", "Cost", "CostTable", "ShuffleNetV2", "Space"]
+__all__ = ["METRICS", "SPACES", "Cost", "CostTable", "NASBench201", "NASBenchMacro", "ShuffleNetV2", "Space"]

@@ -23,8 +23,9 @@ class Cost:
 
     Attributes:
         macs: multiply-accumulates of convolutions and linear layers (the field's "FLOPs").
-        params: weights of convolutions and linear layers. As in the published numbers, the scale and shift of
-            batch normalisation are not counted (they add 0.8 % to the published network).
+        params: as the publications of the space count them. ShuffleNetV2: weights of convolutions and linear layers,
+            without the scale and shift of batch normalisation (which add 0.8 % to the published network).
+            NAS-Bench-201 and NAS-Bench-Macro: all parameters.
         latency_ms: predicted milliseconds of one inference on the device, and with the batch, of the latency table that
             the space was given (:class:`spos_fast.LatencyTable`); None without one.
     """
@@ -97,7 +98,7 @@ class Space(ABC):
 
     Attributes:
         name: what the space is called in architectures, configuration files and on the command line.
-        kinds: what the genes of a layer decide, in order: ``("block",)``, ``("width",)`` or ``("block", "width")``.
+        kinds: what the genes of a layer decide, in order: ``("block",)``, ``("width",)``, ``("block", "width")``.
             Every layer has one gene of each kind; its genes stand together, layer after layer.
         choices: for every gene the names of its candidates, in the order of their indices.
         cost_tables: ``{"macs": CostTable, "params": CostTable}``, and ``"latency_ms"`` once
@@ -116,6 +117,15 @@ class Space(ABC):
         for candidates in self.choices:
             size *= len(candidates)
         return size
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """For every layer what reports call it: its number from 1 on, unless the space has better names."""
+        return tuple(str(layer + 1) for layer in range(len(self.choices) // len(self.kinds)))
+
+    def isomorphism_key(self, genes: Sequence[int]) -> str:
+        """Equal for genes whose networks are the same; in most spaces no two are."""
+        return "-".join(map(str, genes))
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """A uniformly random architecture. For ranges of cost see :class:`spos_fast.UniformSampler`."""

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spos_fast import distributed
 from spos_fast.architecture import Architecture
-from spos_fast.checkpoint import load_checkpoint, save_checkpoint
+from spos_fast.checkpoint import kept_path, load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.spaces import Space
@@ -123,6 +123,7 @@ def train(
     identity: dict[str, Any] | None = None,
     on_resume: Callable[[int], None] | None = None,
     on_metrics: Callable[[Metrics], None] | None = None,
+    keep_checkpoints: int = 0,
 ) -> None:
     """Train ``net`` in place, on the device where its parameters are.
 
@@ -141,6 +142,8 @@ def train(
         identity: plain values that must be the same in a checkpoint for it to be resumed from.
         on_resume: called once with the number of steps that are already done.
         on_metrics: called every ``log_every`` steps and after the last, on rank 0.
+        keep_checkpoints: how many states of the network on the way are kept beside the checkpoint, evenly spaced, each
+            at the next row of metrics (:func:`spos_fast.checkpoint.kept_checkpoints`); none is resumed from.
 
     Raises:
         InputError: settings that do not fit together, or a loss that is not finite.
@@ -195,6 +198,9 @@ def train(
             metrics = window.close(done, lr)
             if on_metrics is not None and distributed.rank() == 0:
                 on_metrics(metrics)
+            if checkpoint is not None and distributed.rank() == 0 and _is_kept(done, config, keep_checkpoints):
+                # Before the checkpoint: a run that is killed in between writes it again, and never lacks it.
+                state.keep(checkpoint, done)
             due = time.monotonic() - saved >= config.checkpoint_seconds
             if checkpoint is not None and distributed.rank() == 0 and (due or done == config.steps):
                 state.save(checkpoint, done)
@@ -329,6 +335,11 @@ class _State:
             },
         )
 
+    def keep(self, path: str | Path, step: int) -> None:
+        """Save the network alone, beside the checkpoint."""
+        content = {"step": step, "identity": self.identity, "space": self.space, "model": self.net.state_dict()}
+        save_checkpoint(kept_path(path, step), content)
+
     def load(self, path: str | Path) -> int:
         """Number of steps done; 0 where there is no checkpoint yet."""
         if not Path(path).exists():
@@ -360,6 +371,12 @@ class _State:
                 for space in (other, self.space)
             )
             raise CheckpointError(f"{path}: was trained in the space {theirs}, not {own}; use another run folder")
+
+
+def _is_kept(done: int, config: TrainConfig, count: int) -> bool:
+    """Whether a state at a row of metrics is the first one behind one of ``count`` evenly spaced steps."""
+    before = (done - 1) // config.log_every * config.log_every
+    return done < config.steps and (count + 1) * done // config.steps > (count + 1) * before // config.steps
 
 
 def load_model(net: nn.Module, content: dict[str, Any], path: str | Path) -> None:

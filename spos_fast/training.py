@@ -1,7 +1,7 @@
 """Training of supernets and of plain networks, by the same code.
 
-SGD with momentum, learning rate falling linearly to 0, weight decay on weights only, label smoothing
-(arXiv 1904.00420, section 4.1). Everything random in a step depends on the seed and the step alone, so a run that was
+SGD with momentum, a falling learning rate, weight decay on weights only, label smoothing (arXiv 1904.00420,
+section 4.1). Everything random in a step depends on the seed and the step alone, so a run that was
 killed and resumed gives the same bits as one that was not.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 
 Amp = Literal["off", "bf16", "fp16"]
+Schedule = Literal["linear", "cosine"]
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,8 +41,11 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         batch_size: images a step, over all processes together.
-        lr: learning rate of the first step; falls linearly to 0.
+        lr: learning rate of the first step.
+        schedule: how the learning rate falls: ``"linear"`` or ``"cosine"``.
+        lr_end: where it falls to.
         momentum: of SGD.
+        nesterov: whether the momentum is Nesterov's.
         weight_decay: on weights of convolutions and linear layers only.
         label_smoothing: of the cross-entropy.
         clip_norm: greatest norm of the gradient; 0 leaves it alone.
@@ -53,7 +58,10 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 128
     lr: float = 0.1
+    schedule: Schedule = "linear"
+    lr_end: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 4e-5
     label_smoothing: float = 0.1
     clip_norm: float = 0.0
@@ -66,15 +74,25 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}; expected a positive number")
-        for name in ("lr", "momentum", "weight_decay", "label_smoothing", "clip_norm", "checkpoint_seconds"):
+        for name in ("lr", "lr_end", "momentum", "weight_decay", "label_smoothing", "clip_norm", "checkpoint_seconds"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name}: got {value}; expected 0 or more")
         for name in ("momentum", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name}: got {getattr(self, name)}; expected less than 1")
+        if self.schedule not in ("linear", "cosine"):
+            raise InputError(f"schedule: got {self.schedule!r}; expected linear or cosine")
+        if self.nesterov and self.momentum == 0:
+            raise InputError("nesterov: there is no momentum; give one, or leave it out")
         if self.amp not in ("off", *_AMP_TYPES):
             raise InputError(f"amp: got {self.amp!r}; expected off, bf16 or fp16")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, 0 for the first; :attr:`lr_end` would be that of the step behind the last."""
+        done = step / self.steps
+        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.lr_end + (self.lr - self.lr_end) * left
 
 
 class PathSampler(Protocol):
@@ -185,7 +203,7 @@ def train(
             if config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             arch = sampler.at(seed, step) if sampler is not None else None
-            lr = config.lr * (1 - step / config.steps)
+            lr = config.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # Dropout draws from torch's global generator.
@@ -239,7 +257,8 @@ def _optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def _check_same_start(start: int, device: torch.device) -> None:
@@ -349,9 +368,11 @@ class _State:
             if key not in content:
                 raise CheckpointError(f"{path}: not a checkpoint of training ({key} is missing)")
         self._check_space(content.get("space"), path)
+        # Settings that are younger than a checkpoint had what is their default when it was written.
+        recorded = {**asdict(TrainConfig()), **content["identity"]}
         for key, value in self.identity.items():
-            if content.get("identity", {}).get(key) != value:
-                other = content.get("identity", {}).get(key)
+            if recorded.get(key) != value:
+                other = recorded.get(key)
                 raise CheckpointError(
                     f"{path}: was trained with {key} = {other!r}, not {value!r}; use another run folder"
                 )

@@ -92,6 +92,43 @@ def test_learning_rate_falls_linearly_to_zero(tiny_space, digits):
     assert [row.step for row in rows] == list(range(1, 13))
 
 
+def test_learning_rate_falls_as_a_cosine(tiny_space, digits):
+    """From lr to lr_end along half a cosine; linearly to lr_end too."""
+    _, rows = _trained(tiny_space, digits, 12, lr=0.4, lr_end=0.1, schedule="cosine", log_every=1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.4), 12, eta_min=0.1)
+    for row in rows:
+        assert row.lr == pytest.approx(cosine.get_last_lr()[0])
+        cosine.optimizer.step(), cosine.step()
+    config = TrainConfig(steps=4, lr=0.4, lr_end=0.2)
+    assert [config.lr_at(step) for step in range(4)] == pytest.approx([0.4, 0.35, 0.3, 0.25])
+    for wrong in (dict(schedule="step"), dict(lr_end=-0.1), dict(nesterov=True, momentum=0.0)):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            TrainConfig(**wrong)
+
+
+def test_nesterov_looks_ahead(tiny_space, digits):
+    """Its first step is 1 + momentum times as long as that of plain momentum."""
+    options = dict(total=1, weight_decay=0.0)
+    ahead, _ = _trained(tiny_space, digits, 1, lr=0.1, nesterov=True, **options)
+    plain, _ = _trained(tiny_space, digits, 1, lr=0.1 * 1.9, **options)
+    for one, other in zip(ahead.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tiny_space, digits, tmp_path):
+    """Written without schedule and nesterov: it resumes as it was, and is refused with anything but their defaults."""
+    path = tmp_path / "checkpoint.pt"
+    _trained(tiny_space, digits, 4, checkpoint=path)
+    content = load_checkpoint(path)
+    for name in ("schedule", "lr_end", "nesterov"):
+        del content["identity"][name]
+    save_checkpoint(path, content)
+    with pytest.raises(CheckpointError, match="schedule = 'linear'"):
+        _trained(tiny_space, digits, 12, checkpoint=path, schedule="cosine")
+    net, _ = _trained(tiny_space, digits, 12, checkpoint=path)
+    assert _equal(net, _trained(tiny_space, digits, 12)[0])
+
+
 def test_one_step_is_sgd_with_label_smoothing(tiny_space, digits):
     """Against PyTorch's own pieces put together by hand, weight decay on weights only."""
     torch.manual_seed(0)

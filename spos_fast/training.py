@@ -25,6 +25,7 @@ from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.nn.steps import hold_unsampled, step_vectors
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 
@@ -41,7 +42,7 @@ class TrainConfig:
         batch_size: images a step, over all processes together.
         lr: learning rate of the first step; falls linearly to 0.
         momentum: of SGD.
-        weight_decay: on weights of convolutions and linear layers only.
+        weight_decay: on weights of convolutions and linear layers only, not on steps of quantizers.
         label_smoothing: of the cross-entropy.
         clip_norm: greatest norm of the gradient; 0 leaves it alone.
         amp: ``"off"``, ``"bf16"`` or ``"fp16"`` autocast.
@@ -230,10 +231,13 @@ def _step(
 
 
 def _optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    weights = [p for p in net.parameters() if p.dim() > 1]
-    others = [p for p in net.parameters() if p.dim() <= 1]
+    steps = {vector for _, vector, _ in step_vectors(net)}  # of quantizers; a matrix where every channel has its own
+    weights = [p for p in net.parameters() if p.dim() > 1 and p not in steps]
+    others = [p for p in net.parameters() if p.dim() <= 1 or p in steps]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum)
+    optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum)
+    hold_unsampled(optimizer, net)
+    return optimizer
 
 
 def _check_same_start(start: int, device: torch.device) -> None:

@@ -89,15 +89,17 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import config_from, merged, read_config
+    from spos_fast.config import Config, config_from, merged, read_config
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
     if options.command == "report":
         print(f"report: {write_report(_existing(options.folder))}")
         return
-    preset = read_config(options.config) if options.config else {}
-    flags = _flags(options)
+    preset, flags = read_config(options.config) if options.config else {}, _flags(options)
+    chosen_space = flags.get("space", {}).get("name")
+    if chosen_space and chosen_space != preset.get("space", {}).get("name", Config().space.name):
+        preset.pop("space", None)  # its sizes are those of another space
     device = _device(options.device)
     if options.command == "latency":
         from spos_fast.latency import commands
@@ -328,8 +330,13 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
                 there.add(name)
                 shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
                 text = text.rstrip(".").replace("%", "%%")
+                short = ["--space"] if (section, name) == ("space", "name") else []
                 group.add_argument(
-                    f"--{section}.{name}", metavar="VALUE", help=f"{text} (default {shown})" if shown != "" else text
+                    f"--{section}.{name}",
+                    *short,
+                    dest=f"{section}.{name}",
+                    metavar="VALUE",
+                    help=f"{text} (default {shown})" if shown != "" else text,
                 )
 
 

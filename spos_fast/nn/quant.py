@@ -208,14 +208,21 @@ class QuantConv2d(SlicedConv2d):
         made.start_weight_steps()
         return made.train(conv.training)
 
-    def quantized_weight(self, weight_index: Index = 0) -> Tensor:
-        """The fake-quantized weights, [out_channels, in_channels / groups, kh, kw], differentiable."""
+    def quantized_weight(
+        self, weight_index: Index = 0, *, in_channels: int | None = None, out_channels: int | None = None
+    ) -> Tensor:
+        """The fake-quantized weights, [out_channels, in_channels / groups, kh, kw], differentiable.
+
+        With fewer channels than are stored they are those of a layer that has no others: what is not used has no part
+        in DoReFa's maximum and mean.
+        """
+        step = self.weight_step
         return quantize_weights(
-            self.weight,
+            self.weight[:out_channels] if self.groups > 1 else self.weight[:out_channels, :in_channels],
             self.weight_bits_vector,
             index=weight_index,
             mode=self.weight_quantizer,
-            step=self.weight_step,
+            step=step[:, :out_channels] if step is not None and self.per_channel else step,
             per_channel=self.per_channel,
         )
 
@@ -234,7 +241,8 @@ class QuantConv2d(SlicedConv2d):
             x: [N, C, H, W].
             weight_index: which of the weights' bit-widths, an int or an integer tensor [].
             act_index: which of the input's.
-            in_channels, out_channels: see :class:`SlicedConv2d`. Weights are quantized whole, then sliced.
+            in_channels, out_channels: see :class:`SlicedConv2d`. Integers slice the weights before they are quantized;
+                tensors come after, with the weights quantized whole.
 
         Returns:
             [N, out_channels, H', W'].
@@ -246,17 +254,31 @@ class QuantConv2d(SlicedConv2d):
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
+        weight = self._weight_of(x, weight_index, in_channels, out_channels)
+        depthwise = self.groups == self.out_channels == self.in_channels
         return sliced_conv2d(
             x,
-            self.quantized_weight(weight_index),
-            self.bias,
+            weight,
+            self.bias if self.bias is None else self.bias[: len(weight)],
             self.stride,
             padding,
             self.dilation,
-            self.groups,
+            len(weight) if depthwise else self.groups,
             in_channels=in_channels,
             out_channels=out_channels,
         )
+
+    def _weight_of(
+        self, x: Tensor, weight_index: Index, in_channels: int | Tensor | None, out_channels: int | Tensor | None
+    ) -> Tensor:
+        """The quantized weights of the channels that are used, as far as their numbers are known here."""
+        depthwise = self.groups == self.out_channels == self.in_channels
+        if isinstance(in_channels, Tensor) or isinstance(out_channels, Tensor) or (self.groups > 1 and not depthwise):
+            return self.quantized_weight(weight_index)
+        narrow = x.shape[1] if in_channels is None else in_channels
+        if depthwise and out_channels is None:
+            out_channels = narrow
+        return self.quantized_weight(weight_index, in_channels=narrow, out_channels=out_channels)
 
     def extra_repr(self) -> str:
         """As ``torch.nn.Conv2d``, and the weights' bits and quantizer."""

@@ -8,11 +8,13 @@ from spos_fast.ops.bn_normalize import bn_normalize, bn_normalize_reference
 from spos_fast.ops.bn_states import bn_finalize, bn_finalize_reference, bn_merge, bn_merge_reference
 from spos_fast.ops.dispatch import explain
 from spos_fast.ops.fake_quant import fake_quant, fake_quant_backward_reference, fake_quant_reference
+from spos_fast.ops.packed_conv import PackedConv2d
 from spos_fast.ops.quant_codes import (
     quantize_codes_backward_reference,
     quantize_codes_reference,
     weight_codes_reference,
 )
+from spos_fast.ops.quant_conv2d import quant_conv2d, quant_conv2d_reference
 from spos_fast.ops.quantize_weights import (
     dorefa_weights_backward_reference,
     dorefa_weights_reference,
@@ -24,6 +26,7 @@ from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_infer, xc
 
 __all__ = [
     "BNStats",
+    "PackedConv2d",
     "UnitOutput",
     "bn_act_cat",
     "bn_act_cat_backward_reference",
@@ -49,6 +52,8 @@ __all__ = [
     "pw_bnstats",
     "pw_bnstats_backward_reference",
     "pw_bnstats_reference",
+    "quant_conv2d",
+    "quant_conv2d_reference",
     "quantize_codes_backward_reference",
     "quantize_codes_reference",
     "quantize_weights",

@@ -7,6 +7,7 @@ from spos_fast.ops.bn_act_cat import bn_act_cat, bn_act_cat_backward_reference, 
 from spos_fast.ops.bn_normalize import bn_normalize, bn_normalize_reference
 from spos_fast.ops.bn_states import bn_finalize, bn_finalize_reference, bn_merge, bn_merge_reference
 from spos_fast.ops.dispatch import explain
+from spos_fast.ops.modules import bn_update_running_reference, unit_eval_reference
 from spos_fast.ops.sliced import sliced_batch_norm, sliced_conv2d
 from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_infer, xception_unit, xception_unit_infer
 
@@ -24,6 +25,7 @@ __all__ = [
     "bn_moments_reference",
     "bn_normalize",
     "bn_normalize_reference",
+    "bn_update_running_reference",
     "dw_bnstats",
     "dw_bnstats_backward_reference",
     "dw_bnstats_reference",
@@ -35,6 +37,7 @@ __all__ = [
     "shuffle_unit_infer",
     "sliced_batch_norm",
     "sliced_conv2d",
+    "unit_eval_reference",
     "xception_unit",
     "xception_unit_infer",
 ]

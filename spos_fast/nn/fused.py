@@ -8,6 +8,7 @@ as tensors.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -102,23 +103,31 @@ def match(
 
     Args: see :func:`run`. Whether the op takes the images (:func:`takes`) and has a kernel for them is not looked at.
     """
-    if any(type(each) is not nn.Sequential for each in (branch, projection) if each is not None):
-        return None
-    layers = [*branch._modules.values()]
-    if projection is not None:
-        layers += projection._modules.values()
+    branches = (branch,) if projection is None else (branch, projection)
+    layers: list[nn.Module] = []
+    for each in branches:
+        if type(each) is not nn.Sequential or changed(each):
+            return None
+        layers += each.__dict__["_modules"].values()
     if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
-    if any(map(changed, (branch, *layers))) or (projection is not None and changed(projection)):
-        return None
-    convolutions = [layer for layer in layers if type(layer) is _CONV]
-    weights = [layer.weight for layer in convolutions]
-    if not all(map(usual, convolutions, weights, plan.strides(stride, projection))):
-        return None
-    norms = [layer for layer in layers if type(layer) is _NORM]
+    norms: list[nn.BatchNorm2d] = []
+    weights: list[Tensor] = []
+    strides = plan.strides(stride, projection)
+    for layer in layers:
+        if changed(layer):
+            return None
+        if isinstance(layer, _NORM):
+            norms.append(layer)
+        elif isinstance(layer, _CONV):
+            weight = layer.__dict__["_parameters"]["weight"]
+            if not usual(layer, weight, next(strides)):
+                return None
+            weights.append(weight)
     eps, affine = norms[0].eps, norms[0].affine
-    if any(norm.eps != eps or norm.affine != affine for norm in norms):
-        return None
+    for norm in norms:
+        if norm.eps != eps or norm.affine != affine:
+            return None
     return Block(plan, norms, weights, stride, mid)
 
 
@@ -233,7 +242,8 @@ def _evaluate(block: Block, x: Tensor) -> Tensor:
     """The block on running statistics."""
     norms = block.norms
     mean, var = ([norm.__dict__["_buffers"][name] for norm in norms] for name in ("running_mean", "running_var"))
-    gamma = beta = ()
+    gamma: list[Tensor] = []
+    beta: list[Tensor] = []
     if norms[0].affine:
         gamma, beta = ([norm.__dict__["_parameters"][name] for norm in norms] for name in ("weight", "bias"))
     if has_kernel("unit_eval", x):
@@ -347,19 +357,19 @@ def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return own["training"] or (own["_buffers"]["running_mean"] is None and own["_buffers"]["running_var"] is None)
 
 
+_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_form = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+
+
 def usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) -> bool:
     """Whether a convolution is as the units make it; its attributes may have been changed, or another put in place."""
     depthwise, stride = expected
     channels, _, height, width = weight.shape
-    own = vars(convolution)
+    own, padding = convolution.__dict__, width // 2
     return (
         height == width
         and (width % 2 == 1 if depthwise else width == 1)
-        and own["stride"] == (stride, stride)
-        and own["padding"] == (width // 2, width // 2)
-        and own["dilation"] == (1, 1)
-        and own["groups"] == (channels if depthwise else 1)
-        and own["padding_mode"] == "zeros"
+        and _form(own) == ((stride, stride), (padding, padding), (1, 1), channels if depthwise else 1, "zeros")
         and own["_parameters"]["bias"] is None
         and weight.dtype == torch.float32
     )
@@ -367,9 +377,5 @@ def usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) ->
 
 def changed(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it a forward of its own."""
-    own = vars(module)
-    return (
-        "forward" in own
-        or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
-        or bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
-    )
+    own = module.__dict__
+    return "forward" in own or any(_hooks(own))

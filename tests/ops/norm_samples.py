@@ -68,9 +68,22 @@ def _bn_finalize() -> list[Arguments]:
     return found
 
 
+def _bn_update_running() -> list[Arguments]:
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(4)
+    for dtype in (torch.float32, torch.float64):
+        mean, var = ([torch.rand(n, generator=generator).to(dtype) for n in (5, 33, 1)] for _ in range(2))
+        mean[1] = torch.stack((mean[1], mean[1]), 1)[:, 0]
+        batch_mean, batch_var = (torch.rand(26, generator=generator).to(dtype) for _ in range(2))
+        counters = [torch.tensor(7), torch.tensor(0)]
+        found.append((mean, var, counters, batch_mean, batch_var, [5, 20, 1], [2, 300, 12], [0.1, 1.0, 0.0]))
+    return found
+
+
 NORM_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "bn_finalize": _bn_finalize,
     "bn_merge": _bn_merge,
     "bn_moments": _bn_moments,
     "bn_normalize": _bn_normalize,
+    "bn_update_running": _bn_update_running,
 }

@@ -30,6 +30,7 @@ using Kernels = std::vector<Kernel>;
 
 // One a family, in its file.
 Kernels batchnorm_kernels();
+Kernels bn_add_relu_kernels();
 Kernels bn_states_kernels();
 Kernels blocks_kernels();
 #ifdef SPOS_FAST_WITH_CUDA

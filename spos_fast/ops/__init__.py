@@ -4,6 +4,7 @@ from spos_fast.ops.batchnorm import bn_moments, bn_moments_reference
 from spos_fast.ops.block_gradients import dw_bnstats_backward_reference, pw_bnstats_backward_reference
 from spos_fast.ops.blocks import BNStats, dw_bnstats, dw_bnstats_reference, pw_bnstats, pw_bnstats_reference
 from spos_fast.ops.bn_act_cat import bn_act_cat, bn_act_cat_backward_reference, bn_act_cat_reference
+from spos_fast.ops.bn_add_relu import bn_add_relu, bn_add_relu_backward_reference, bn_add_relu_reference
 from spos_fast.ops.bn_normalize import bn_normalize, bn_normalize_reference
 from spos_fast.ops.bn_states import bn_finalize, bn_finalize_reference, bn_merge, bn_merge_reference
 from spos_fast.ops.dispatch import explain
@@ -32,6 +33,9 @@ __all__ = [
     "bn_act_cat",
     "bn_act_cat_backward_reference",
     "bn_act_cat_reference",
+    "bn_add_relu",
+    "bn_add_relu_backward_reference",
+    "bn_add_relu_reference",
     "bn_finalize",
     "bn_finalize_reference",
     "bn_merge",

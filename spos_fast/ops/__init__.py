@@ -7,6 +7,18 @@ from spos_fast.ops.bn_act_cat import bn_act_cat, bn_act_cat_backward_reference, 
 from spos_fast.ops.bn_normalize import bn_normalize, bn_normalize_reference
 from spos_fast.ops.bn_states import bn_finalize, bn_finalize_reference, bn_merge, bn_merge_reference
 from spos_fast.ops.dispatch import explain
+from spos_fast.ops.fake_quant import fake_quant, fake_quant_backward_reference, fake_quant_reference
+from spos_fast.ops.quant_codes import (
+    quantize_codes_backward_reference,
+    quantize_codes_reference,
+    weight_codes_reference,
+)
+from spos_fast.ops.quantize_weights import (
+    dorefa_weights_backward_reference,
+    dorefa_weights_reference,
+    quantize_weights,
+)
+from spos_fast.ops.quantizers import code_range
 from spos_fast.ops.sliced import sliced_batch_norm, sliced_conv2d
 from spos_fast.ops.units import UnitOutput, shuffle_unit, shuffle_unit_infer, xception_unit, xception_unit_infer
 
@@ -24,17 +36,27 @@ __all__ = [
     "bn_moments_reference",
     "bn_normalize",
     "bn_normalize_reference",
+    "code_range",
+    "dorefa_weights_backward_reference",
+    "dorefa_weights_reference",
     "dw_bnstats",
     "dw_bnstats_backward_reference",
     "dw_bnstats_reference",
     "explain",
+    "fake_quant",
+    "fake_quant_backward_reference",
+    "fake_quant_reference",
     "pw_bnstats",
     "pw_bnstats_backward_reference",
     "pw_bnstats_reference",
+    "quantize_codes_backward_reference",
+    "quantize_codes_reference",
+    "quantize_weights",
     "shuffle_unit",
     "shuffle_unit_infer",
     "sliced_batch_norm",
     "sliced_conv2d",
+    "weight_codes_reference",
     "xception_unit",
     "xception_unit_infer",
 ]

@@ -112,11 +112,16 @@ def define_composite(schema: str, function: Kernel, why: str) -> None:
 
 def differentiable_once(backward: str, op: str) -> None:
     """Make differentiating an op's backward op an error: torch would take its gradient for zero, with a warning."""
+    not_differentiable(backward, f"{op} is differentiable once; for second derivatives write it in plain PyTorch")
+
+
+def not_differentiable(op: str, why: str) -> None:
+    """Make differentiating an op an error that says why, for the same reason."""
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(f"{op} is differentiable once; for second derivatives write it in plain PyTorch")
+        raise RuntimeError(why)
 
-    torch.library.register_autograd(f"spos_fast::{backward}", refuse, lib=LIBRARY)
+    torch.library.register_autograd(f"spos_fast::{op}", refuse, lib=LIBRARY)
 
 
 def _register_autocast(overload: Any, device: str, positions: frozenset[int]) -> None:

@@ -35,6 +35,7 @@ Kernels bn_states_kernels();
 Kernels blocks_kernels();
 #ifdef SPOS_FAST_WITH_CUDA
 Kernels blocks_cuda_kernels();
+Kernels quantization_cuda_kernels();
 #endif
 Kernels unit_infer_kernels();
 Kernels units_kernels();

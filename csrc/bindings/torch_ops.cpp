@@ -18,7 +18,7 @@ std::vector<Kernels> families() {
         batchnorm_kernels(),   bn_add_relu_kernels(), bn_states_kernels(),
         blocks_kernels(),      unit_infer_kernels(),  units_kernels(),
 #ifdef SPOS_FAST_WITH_CUDA
-        blocks_cuda_kernels(),
+        blocks_cuda_kernels(), quantization_cuda_kernels(),
 #endif
     };
 }

@@ -339,7 +339,7 @@ def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path, wi
                     given = merged(given, {section: {key: parse_flag(name, text, kind)}})
         assert set(given) - {"seed"} <= set(SECTIONS)
         stored = json.loads((run / "config.json").read_text())
-    assert plain(config_from(given, "commands")) == {**plain(Config()), **stored}
+        assert plain(config_from(given, "commands")) == {**plain(Config()), **stored}
         assert architectures == (["all", "0-1-2-3-0-1-2"] if run == full_run else [])
 
 

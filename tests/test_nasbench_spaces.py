@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_extracted_network(images, name):
 
 
 def test_only_layers_that_run_are_kept_in_the_tree():
-    """Of the twelve normalisation layers of a cell those that the output reads: the tree holds statistics of no other."""
+    """Statistics of those of its twelve normalisation layers that the output reads, and of no other."""
     cell = SPACES["nasbench201"].supernet().features[0][0].eval()
     for genes, layers in (((3, 2, 3, 2, 3, 2), 6), ((3, 3, 2, 1, 0, 0), 0), ((1, 0, 0, 0, 4, 3), 1)):
         assert len(Part(cell, genes).norms) == layers

@@ -23,9 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spos_fast import distributed
 from spos_fast.architecture import Architecture
-from spos_fast.checkpoint import load_checkpoint, save_checkpoint
+from spos_fast.checkpoint import kept_path, load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.nn.steps import hold_unsampled, step_vectors
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 
@@ -46,7 +47,7 @@ class TrainConfig:
         lr_end: where it falls to.
         momentum: of SGD.
         nesterov: whether the momentum is Nesterov's.
-        weight_decay: on weights of convolutions and linear layers only.
+        weight_decay: on weights of convolutions and linear layers only, not on steps of quantizers.
         label_smoothing: of the cross-entropy.
         clip_norm: greatest norm of the gradient; 0 leaves it alone.
         amp: ``"off"``, ``"bf16"`` or ``"fp16"`` autocast.
@@ -141,6 +142,7 @@ def train(
     identity: dict[str, Any] | None = None,
     on_resume: Callable[[int], None] | None = None,
     on_metrics: Callable[[Metrics], None] | None = None,
+    keep_checkpoints: int = 0,
 ) -> None:
     """Train ``net`` in place, on the device where its parameters are.
 
@@ -159,6 +161,8 @@ def train(
         identity: plain values that must be the same in a checkpoint for it to be resumed from.
         on_resume: called once with the number of steps that are already done.
         on_metrics: called every ``log_every`` steps and after the last, on rank 0.
+        keep_checkpoints: how many states of the network on the way are kept beside the checkpoint, evenly spaced, each
+            at the next row of metrics (:func:`spos_fast.checkpoint.kept_checkpoints`); none is resumed from.
 
     Raises:
         InputError: settings that do not fit together, or a loss that is not finite.
@@ -213,6 +217,9 @@ def train(
             metrics = window.close(done, lr)
             if on_metrics is not None and distributed.rank() == 0:
                 on_metrics(metrics)
+            if checkpoint is not None and distributed.rank() == 0 and _is_kept(done, config, keep_checkpoints):
+                # Before the checkpoint: a run that is killed in between writes it again, and never lacks it.
+                state.keep(checkpoint, done)
             due = time.monotonic() - saved >= config.checkpoint_seconds
             if checkpoint is not None and distributed.rank() == 0 and (due or done == config.steps):
                 state.save(checkpoint, done)
@@ -248,11 +255,14 @@ def _step(
 
 
 def _optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    weights = [p for p in net.parameters() if p.dim() > 1]
-    others = [p for p in net.parameters() if p.dim() <= 1]
+    steps = {vector for _, vector, _ in step_vectors(net)}  # of quantizers; a matrix where every channel has its own
+    weights = [p for p in net.parameters() if p.dim() > 1 and p not in steps]
+    others = [p for p in net.parameters() if p.dim() <= 1 or p in steps]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    hold_unsampled(optimizer, net)
+    return optimizer
 
 
 def _check_same_start(start: int, device: torch.device) -> None:
@@ -348,6 +358,11 @@ class _State:
             },
         )
 
+    def keep(self, path: str | Path, step: int) -> None:
+        """Save the network alone, beside the checkpoint."""
+        content = {"step": step, "identity": self.identity, "space": self.space, "model": self.net.state_dict()}
+        save_checkpoint(kept_path(path, step), content)
+
     def load(self, path: str | Path) -> int:
         """Number of steps done; 0 where there is no checkpoint yet."""
         if not Path(path).exists():
@@ -381,6 +396,12 @@ class _State:
                 for space in (other, self.space)
             )
             raise CheckpointError(f"{path}: was trained in the space {theirs}, not {own}; use another run folder")
+
+
+def _is_kept(done: int, config: TrainConfig, count: int) -> bool:
+    """Whether a state at a row of metrics is the first one behind one of ``count`` evenly spaced steps."""
+    before = (done - 1) // config.log_every * config.log_every
+    return done < config.steps and (count + 1) * done // config.steps > (count + 1) * before // config.steps
 
 
 def load_model(net: nn.Module, content: dict[str, Any], path: str | Path) -> None:

@@ -35,6 +35,7 @@ Kernels blocks_kernels();
 #ifdef SPOS_FAST_WITH_CUDA
 Kernels blocks_cuda_kernels();
 #endif
+Kernels quant_kernels();
 Kernels unit_infer_kernels();
 Kernels units_kernels();
 

@@ -47,7 +47,7 @@ def effective_step(step, at, mask, high, PACT: tl.constexpr, WIDE: tl.constexpr)
 @triton.jit
 def ratio(a, b, WIDE: tl.constexpr):
     """A quotient rounded to nearest; what "/" gives in float32 may be off by two units in the last place."""
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         return a / b
     else:
         return tl.div_rn(a, b)
@@ -57,7 +57,7 @@ def ratio(a, b, WIDE: tl.constexpr):
 def code_of(position, low, high, single, SIGNED: tl.constexpr, WIDE: tl.constexpr):
     """Positions clipped and rounded; a NaN stays one."""
     code = tl.where(position < low, low, tl.where(position > high, high, position))
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         code = (code + WIDE_ROUNDING) - WIDE_ROUNDING
     else:
         code = (code + ROUNDING) - ROUNDING

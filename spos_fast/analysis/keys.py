@@ -19,6 +19,8 @@ COST_KEY = (
     ("best of random search", "random", "diamond"),
     ("Pareto front", "ink", "thin"),
 )
+# Kinds whose choices are more or less of something; those of others have a colour each.
+SHADED = ("width", "bits")
 PARETO_KEY = ("Pareto search", "pareto", "dot")
 
 

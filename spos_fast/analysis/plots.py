@@ -20,7 +20,7 @@ from spos_fast.analysis.drawing import (
     percent_ticks,
     short_number,
 )
-from spos_fast.analysis.keys import choice_shade, row_style, text_on
+from spos_fast.analysis.keys import SHADED, choice_shade, row_style, text_on
 from spos_fast.analysis.page import DASHES, WIDTHS
 from spos_fast.analysis.run_data import RunData, Scored
 from spos_fast.analysis.summary import (
@@ -141,7 +141,7 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
     figure = Figure(figsize=(width / 72, tall / 72), dpi=72)
     axes = figure.add_axes((left / width, 6 / tall, cell * layers / width, height * total / tall))
     axes.set(xlim=(0, layers), ylim=(total, 0), xticks=np.arange(layers) + 0.5, yticks=[])
-    axes.set_xticklabels([str(layer + 1) for layer in range(layers)], fontsize=SMALL, color=COLOURS["muted"])
+    axes.set_xticklabels(data.layer_names, fontsize=SMALL, color=COLOURS["muted"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -150,7 +150,7 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
             _row_label(axes, choice, name)
             for layer in range(layers):
                 share = shares[choice, layer]
-                colour = choice_colour(choice) if kind == "block" else kind
+                colour = kind if kind in SHADED else choice_colour(choice)
                 full = share >= (0.45 if colour in DARK_ON else 0.75)
                 text_colour = f"on-{colour}" if full else "ink"
                 _cell(axes, layer, choice, colour, share, f"{share:.0%}" if share else "", text_colour)
@@ -159,11 +159,11 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
         y = heat_rows + gap + index
         _row_label(axes, y, row.title)
         for layer, choice in enumerate(data.of_kind(kind, row.genes or ())):
-            if kind == "block":
-                _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
-            else:
+            if kind in SHADED:
                 shade = choice_shade(kind, choice, names)
                 _cell(axes, layer, y, kind, shade, tags[choice], text_on(kind, shade))
+            else:
+                _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
     for edge in np.cumsum(data.stages)[:-1]:
         axes.axvline(edge, color=COLOURS["ink"], lw=1.2)
     often = ", ".join(names[int(np.argmax(shares[:, layer]))] for layer in range(layers)) if top else "none"

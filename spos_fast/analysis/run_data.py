@@ -96,7 +96,8 @@ class RunData:
         config: its settings, defaults for stages that have not begun.
         sections: names of the settings that the folder stores.
         choices: for every gene the names of its candidates; those of uniform networks beside the search come last.
-        kinds: what the genes of a layer decide: block, width, bits.
+        layer_names: for every layer what to call it.
+        kinds: what the genes of a layer decide: block, width, bits, op.
         searched: for every kind how many of its names are searched.
         stages: layers of every stage; empty where the space has none.
         baselines: genes of the uniform networks of the comparison, by label.
@@ -113,6 +114,7 @@ class RunData:
     config: Config
     sections: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...]
+    layer_names: tuple[str, ...]
     kinds: tuple[str, ...]
     searched: dict[str, int]
     stages: tuple[int, ...]
@@ -175,6 +177,7 @@ def read_run(path: Path) -> RunData:
         config=config,
         sections=tuple(name for name in SECTIONS if name in stored),
         choices=choices,
+        layer_names=space.layer_names,
         kinds=space.kinds,
         searched=dict(zip(space.kinds, map(len, space.choices), strict=False)),
         stages=tuple(space.config().get("stage_repeats", ())),

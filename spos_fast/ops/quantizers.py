@@ -135,7 +135,7 @@ def _integer(name: str, value: Any, least: int, most: int) -> Any:
         raise TypeError(f"{name} must be an int or an integer tensor, got {type(value).__name__}")
     if not least <= value <= most:
         raise InputError(f"{name} must be from {least} to {most}, got {value}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def check_values(name: str, x: Any) -> None:

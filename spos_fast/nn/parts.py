@@ -75,7 +75,9 @@ class Part:
     def __init__(self, module: nn.Module, setting: int | tuple[int, ...] | None = None) -> None:
         self.module, self.setting = module, setting
         self.key: tuple[nn.Module, int | tuple[int, ...] | None] = (module, setting)
-        roots = [module] if setting is None or not hasattr(module, "running") else cast(Any, module).running(setting)
+        roots: list[nn.Module] = [module]
+        if setting is not None and hasattr(module, "running"):
+            roots = cast(Any, module).running(setting)
         layers = [layer for root in roots for layer in root.modules() if isinstance(layer, _BatchNorm)]
         self.norms = [layer for layer in layers if layer.running_mean is not None]
         self.widths = [layer.num_features for layer in self.norms]

@@ -23,8 +23,7 @@ from spos_fast.nn.observation import observed, report
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
-_KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
-_FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the ops stand in for
+_FORWARDS = (_CONV.forward, _NORM.forward, _RELU.forward)  # what the ops stand in for
 _PROJECTION = (_CONV, _NORM, _CONV, _NORM, _RELU)
 
 
@@ -149,7 +148,7 @@ def takes(x: Tensor) -> bool:
         return False
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    return not _has_any_global_hook() and all(kind.forward is forward for kind, forward in _FORWARDS.items())
+    return not _has_any_global_hook() and (_CONV.forward, _NORM.forward, _RELU.forward) == _FORWARDS
 
 
 class Block(NamedTuple):

@@ -53,7 +53,9 @@ typedef uint64_t LongPack __attribute__((vector_size(kPack * sizeof(uint64_t))))
 
 // Values from -128 to 255, rounded, as bytes: the lowest bits of the integer stand at the end of the sum.
 SPOS_SIMD_INLINE BytePack bytes_of(const FloatPack& code) {
-    return __builtin_convertvector(reinterpret_cast<detail::WordPack>(code + rounder(0.0f)), BytePack);
+    // In two steps, which GCC makes vector code of.
+    const auto words = reinterpret_cast<detail::WordPack>(code + rounder(0.0f));
+    return __builtin_convertvector(__builtin_convertvector(words, detail::ShortPack), BytePack);
 }
 SPOS_SIMD_INLINE BytePack bytes_of(const DoublePack& code) {
     return __builtin_convertvector(reinterpret_cast<LongPack>(code + rounder(0.0)), BytePack);

@@ -15,8 +15,8 @@ from spos_fast.training import Metrics
 # Seconds between two lines when the output is no terminal.
 _LINE_EVERY = 15.0
 _UNITS = {
-    **dict.fromkeys(("evolution", "random_search", "pareto"), "arch"),
     **dict.fromkeys(("calibration", "validation"), "image"),
+    "supernet": "step",
 }
 
 
@@ -30,6 +30,7 @@ class Console(Listener):
         self._begun = (0.0, 0)
         self._spoken = 0.0
         self._failed = 0
+        self._values = ""  # of the last candidate
 
     def close(self) -> None:
         """End the bar of the current stage."""
@@ -52,7 +53,7 @@ class Console(Listener):
         if done:
             self.say(f"{stage}: goes on after {done:,} of {total:,}")
         if self._terminal:
-            unit = _UNITS.get(stage, "step")
+            unit = _UNITS.get(stage, "step" if stage.startswith("retrain/") else "arch")
             self._bar = tqdm(total=total, initial=done, desc=stage, unit=unit, dynamic_ncols=True)
 
     def decoded(self, part: str, done: int, total: int) -> None:
@@ -70,11 +71,19 @@ class Console(Listener):
         """Advance the bar of a search; candidates that failed (NaN or infinity) are counted."""
         self._failed += score.failed
         failed = f", {self._failed:,} failed" if self._failed else ""
-        self._advance(number, total, f"accuracy {score.accuracy:.2%}, best {best.accuracy:.2%}{failed}")
+        self._values = f"accuracy {score.accuracy:.2%}, best {best.accuracy:.2%}{failed}"
+        if self._bar is not None:
+            self._advance(number, total, self._values)
+
+    def generation(self, phase: str, done: int, total: int) -> None:
+        """A line of a search: from the first of those scored together, the time that is left could not be told."""
+        if self._bar is None:
+            self._advance(done, total, self._values)
 
     def retrained(self, label: str, result: dict[str, Any]) -> None:
         """Say how an architecture came out."""
-        self.say(f"{label}: test accuracy {result['test_accuracy']:.2%}, {result['macs'] / 1e6:.2f}M MACs")
+        bits = f", {result['bitops'] / 2**30:.4g} G BitOps" if "bitops" in result else ""
+        self.say(f"{label}: test accuracy {result['test_accuracy']:.2%}, {result['macs'] / 1e6:.2f}M MACs{bits}")
 
     def _advance(self, done: int, total: int, values: str) -> None:
         if self._bar is not None:

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from spos_fast.analysis.run_data import RunData
-from spos_fast.config import SECTIONS, DataConfig, documented_fields, plain
+from spos_fast.config import SECTIONS, Config, DataConfig, documented_fields, plain
 
 
 def stage_command(data: RunData, stage: str) -> str:
@@ -16,7 +16,11 @@ def stage_command(data: RunData, stage: str) -> str:
 
 def again_commands(data: RunData) -> list[str]:
     """Commands that make the same run in another folder; settings that are the default are left out."""
-    began = {"search": bool(data.evolution or data.random_search), "retrain": bool(data.retrained)}
+    began = {
+        "search": bool(data.evolution or data.random_search),
+        "retrain": bool(data.retrained),
+        "consistency": any(data.path.glob("consistency/*.jsonl")),
+    }
     # A search with a published supernet needs no training, and then is the first to name data and space.
     stages = [] if data.config.search.supernet and not data.supernet else ["train"]
     stages += [stage for stage, done in began.items() if done]
@@ -40,6 +44,8 @@ def _flags(data: RunData, section: str) -> list[str]:
     values, words = plain(data.config)[section], []
     for name, _, default, _ in documented_fields(type(getattr(data.config, section))):
         value = values[name]
+        if (section, name) == ("space", "name"):
+            default = Config().space.name  # the program's, not that of the settings that the name stands for
         kept = data.path / "search" / "latency.json"
         if name == "latency_table" and value and kept.exists():
             value = str(kept)  # what the search went by; the file that was given may have changed

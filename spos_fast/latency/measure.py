@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spos_fast.errors import InputError
 from spos_fast.latency.settings import LatencySettings, describe_machine, describe_versions
-from spos_fast.latency.table import LatencyTable, Spread, layer_shapes, plain_config
+from spos_fast.latency.table import LatencyTable, Spread, plain_config
 from spos_fast.latency.timing import (
     Clock,
     Compiler,
@@ -60,7 +61,7 @@ def measure(
         candidates = _candidates(space, settings, device)
         samples = _sample(candidates, images_for(space, settings, device), settings, Clock(device), progress)
     stem, *layers, head = samples
-    shaped = zip(layers, layer_shapes(space), strict=True)
+    shaped = zip(layers, space.layer_shapes, strict=True)
     return LatencyTable(
         space={"name": space.name, "config": plain_config(space)},
         settings=dataclasses.replace(settings, threads=threads),
@@ -76,7 +77,7 @@ def _candidates(space: Space, settings: LatencySettings, device: torch.device) -
     """For every layer what can run there, in the order of flattened genes, and as many stems and heads: a single copy
     would stay in the caches while blocks take turns, as no network's does.
     """
-    shapes = layer_shapes(space)
+    shapes = space.layer_shapes
     most = max(map(math.prod, shapes))
     sizes = [most, *map(math.prod, shapes), most]
     candidates: list[list[Part]] = [[] for _ in sizes]
@@ -87,7 +88,13 @@ def _candidates(space: Space, settings: LatencySettings, device: torch.device) -
             genes += map(int, np.unravel_index(number % math.prod(shape), shape))
         network = deployed(space, space.architecture(genes), settings, device)
         x = images_for(space, settings, device)
-        for there, size, part in zip(candidates, sizes, parts_of(network), strict=True):
+        parts = parts_of(network)
+        if len(parts) != len(sizes):
+            raise InputError(
+                f"space: the networks of {space.name!r} are no chain with a block a gene, so that their latency is not "
+                "the sum of one entry a gene; choose another space"
+            )
+        for there, size, part in zip(candidates, sizes, parts, strict=True):
             key = structure(part), tuple(x.shape)
             x = part(x)
             if number < size:

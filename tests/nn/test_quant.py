@@ -147,6 +147,21 @@ def test_packed_layer() -> None:
         QuantConv2d(8, 10, 3, act_quantizer="lsq+").packed()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_packed_block(stride: int) -> None:
+    """Weights packed once, normalisation folded on both sides: the block's output on running statistics."""
+    torch.manual_seed(5)
+    block = QuantBasicBlock(8, 8, 12, stride, weight_bits=(2, 4), act_bits=(2, 4), weight_quantizer="lsq")
+    for _ in range(3):
+        block(torch.randn(4, 8, 9, 9).relu())
+    block.eval()
+    for setting in (None, (12, 1, 1), (7, 0, 1)):
+        packed, x = block.packed(setting), image(3, 8, 9, 9)
+        for _ in range(2):
+            wanted = block(x, setting).detach()
+            torch.testing.assert_close(packed(x), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_model_in_place() -> None:
     """All convolutions but the first are replaced, share their parameters, and the model still trains."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU()))

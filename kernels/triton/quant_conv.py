@@ -165,7 +165,7 @@ def quant_conv2d(
     weight_index: Tensor, weight_mode: str, per_channel: bool, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Quantize both and convolve their codes, on x's device; see spos_fast.ops.quant_conv2d, which checks the arguments.
+    """Quantize both and convolve their codes, on the device of x; see spos_fast.ops.quant_conv2d for the arguments.
 
     With groups the convolution is PyTorch's, on codes as floats.
     """

@@ -29,12 +29,12 @@ def bn_add_relu(
     """ReLU of scale * x + shift + residual, or + (residual_scale * residual + residual_shift) for a shortcut that has a
     batch norm of its own.
 
-    Computed in the dtype of the statistics and rounded once; a NaN stays where it is. The bits of a group are those of a
-    call of its own. Differentiable once.
+    Computed in the dtype of the statistics and rounded once; a NaN stays where it is. The bits of a group are those of
+    a call of its own. Differentiable once.
 
     Args:
-        x: [N, C, H, W], not empty; float32, float64, float16 or bfloat16. Read and written channels last; another layout
-            is copied, with a warning.
+        x: [N, C, H, W], not empty; float32, float64, float16 or bfloat16. Read and written channels last; another
+            layout is copied, with a warning.
         scale, shift: [groups, C], float32 (float64 for float64).
         residual: as x.
         residual_scale, residual_shift: as scale; both or none.
@@ -74,7 +74,7 @@ def bn_add_relu_reference(
 def bn_add_relu_backward_reference(
     grad: Tensor, out: Tensor, x: Tensor, scale: Tensor, residual: Tensor, residual_scale: Tensor | None, groups: int
 ) -> Results:
-    """Gradients of x, residual, scale, shift (which is residual_shift's, too) and residual_scale (empty without one)."""
+    """Gradients of x, residual, scale, shift (residual_shift's, too) and residual_scale (empty without one)."""
     through = torch.where(_grouped(out, groups) <= 0, 0, _grouped(grad, groups))
     wide, added = _grouped(x, groups), _grouped(residual, groups)
 
@@ -124,14 +124,10 @@ def _check(
         raise InputError(f"groups must divide the batch of {x.shape[0]} samples, got {groups}")
     if (residual_scale is None) != (residual_shift is None):
         raise InputError("residual_scale and residual_shift must be given together, or neither")
-    for name, value in (
-        ("scale", scale),
-        ("shift", shift),
-        ("residual_scale", residual_scale),
-        ("residual_shift", residual_shift),
-    ):
-        if value is not None or not name.startswith("residual"):
-            check_statistics(name, value, [groups, x.shape[1]], x)
+    beside = {"residual_scale": residual_scale, "residual_shift": residual_shift}
+    for name, value in {"scale": scale, "shift": shift, **beside}.items():
+        if value is not None or name not in beside:
+            check_statistics(name, value, [groups, x.shape[1]], x)  # type: ignore[arg-type]
 
 
 def _fake(

@@ -46,7 +46,7 @@ def _bn_add_relu() -> list[Arguments]:
 
 def _bn_add_relu_backward() -> list[Arguments]:
     found: list[Arguments] = []
-    for x, scale, shift, residual, residual_scale, _, groups in _bn_add_relu():
+    for x, scale, _, residual, residual_scale, _, groups in _bn_add_relu():
         out = (x * 2 - residual).relu().contiguous(memory_format=LAST)
         found.append((residual + 1, out, x, scale, residual, residual_scale, groups))
     return found

@@ -80,12 +80,16 @@ class CostRange:
         macs_max: most multiply-accumulates of an architecture.
         params_min: least number of weights.
         params_max: most weights.
+        bitops_min: least bit operations of an architecture of a quantized space.
+        bitops_max: most bit operations; 14.21 G of the paper are 14.21 * 2**30, which is 15.26e9.
     """
 
     macs_min: float = 0.0
     macs_max: float = 0.0
     params_min: float = 0.0
     params_max: float = 0.0
+    bitops_min: float = 0.0
+    bitops_max: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -100,6 +104,7 @@ class CostRange:
         return Constraint(
             macs=(self.macs_min or None, self.macs_max or None),
             params=(self.params_min or None, self.params_max or None),
+            bitops=(self.bitops_min or None, self.bitops_max or None),
         )
 
 
@@ -160,8 +165,8 @@ class SearchConfig(CostRange):
         latency_table: file of `spos-fast latency`; costs then have a latency. The run keeps a copy.
         latency_ms_min: least predicted latency of an architecture, in milliseconds.
         latency_ms_max: most predicted latency of an architecture, in milliseconds.
-        objectives: accuracy and one or more of macs, params, latency_ms, such as accuracy,macs, for a Pareto search
-            (NSGA-II of Optuna) with the same population and generations; empty: none.
+        objectives: accuracy and one or more of macs, params, bitops, latency_ms, such as accuracy,macs, for a Pareto
+            search (NSGA-II of Optuna) with the same population and generations; empty: none.
     """
 
     population: int = 50
@@ -267,7 +272,7 @@ class Config:
 # The dataclasses that a section may be of: what it names decides, or there is but one.
 SECTIONS: dict[str, tuple[Any, ...]] = {
     "data": (DataConfig,),
-    "space": tuple(SPACE_CONFIGS.values()),
+    "space": tuple(dict.fromkeys(SPACE_CONFIGS.values())),
     "train": (SupernetConfig,),
     "search": (SearchConfig,),
     "retrain": (RetrainConfig,),

@@ -15,6 +15,7 @@ from spos_fast.evaluation import Score
 from spos_fast.evolution import TRIES_PER_CHILD, Candidate, Evaluate, Fresh, check_not_negative
 from spos_fast.sampling import Constraint
 from spos_fast.spaces import METRICS, Space
+from spos_fast.spaces.base import without_metric
 
 OBJECTIVES = ("accuracy", *METRICS)
 
@@ -77,8 +78,8 @@ def pareto_search(
     Args:
         space: the search space.
         evaluate: scores of a sequence of architectures, e.g. an :class:`spos_fast.Evaluator`.
-        objectives: ``"accuracy"`` and at least one of ``"macs"``, ``"params"``, ``"latency_ms"`` (for a space with a
-            latency table).
+        objectives: ``"accuracy"`` and at least one of ``"macs"``, ``"params"``, ``"bitops"`` (for a quantized space),
+            ``"latency_ms"`` (for a space with a latency table).
         population: architectures a generation, at least 2.
         generations: generations after the first population.
         constraint: ranges of cost.
@@ -92,8 +93,9 @@ def pareto_search(
     """
     objectives = check_objectives(objectives)
     require_optuna()
-    if "latency_ms" in objectives and "latency_ms" not in space.cost_tables:
-        raise InputError("objectives: latency_ms needs a latency table; attach one that `spos-fast latency` wrote")
+    for name in objectives:
+        if name != "accuracy" and name not in space.cost_tables:
+            raise InputError(f"objectives: {without_metric(name)}")
     if population < 2:
         raise InputError(f"population: got {population}; crossover needs at least 2")
     check_not_negative(generations=generations, seed=seed)

@@ -15,6 +15,7 @@ import numpy as np
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
 from spos_fast.spaces import METRICS, Cost, CostTable, Space
+from spos_fast.spaces.base import without_metric
 
 Range = tuple[float | None, float | None]
 
@@ -31,11 +32,14 @@ class Constraint:
     Attributes:
         macs: (least, most) multiply-accumulates, e.g. ``(None, 330e6)``.
         params: (least, most) weights.
+        bitops: (least, most) bit operations, for quantized spaces. They are plain numbers: the paper's 14.21 G are
+            ``14.21 * 2**30``.
         latency_ms: (least, most) milliseconds, for spaces with a latency table.
     """
 
     macs: Range = (None, None)
     params: Range = (None, None)
+    bitops: Range = (None, None)
     latency_ms: Range = (None, None)
 
     def __post_init__(self) -> None:
@@ -65,12 +69,12 @@ class Constraint:
         """Whether the cost lies in every range.
 
         Raises:
-            InputError: latency is constrained and the cost has none.
+            InputError: a metric is constrained that the cost does not have.
         """
         known = cost.known()
         for name, (low, high) in self.bounds().items():
             if name not in known:
-                raise _without_table(name)
+                raise without_metric(name)
             if not low <= known[name] <= high:
                 return False
         return True
@@ -91,18 +95,17 @@ class UniformSampler:
             constrained, or a space whose costs have too many different sums to count one by one).
 
     Raises:
-        InputError: no architecture satisfies the constraint (the message names the feasible range), or latency is
-            constrained in a space without a latency table.
+        InputError: no architecture satisfies the constraint (the message names the feasible range), or a metric is
+            constrained that the space has no table of.
     """
 
     def __init__(self, space: Space, constraint: Constraint | None = None) -> None:
         self.space = space
         self.constraint = constraint or Constraint()
         bounds = {}  # as totals of the tables
+        self._tables = {name: space.searched_costs(name) for name in self.constraint.bounds()}
         for name, wanted in self.constraint.bounds().items():
-            if name not in space.cost_tables:
-                raise _without_table(name)
-            table = space.cost_tables[name]
+            table = self._tables[name]
             low, high = bounds[name] = table.limits(*wanted)
             if table.largest < low or table.smallest > high:
                 raise self._infeasible(name, table.smallest, table.largest)
@@ -110,9 +113,9 @@ class UniformSampler:
         bounds = {
             name: (low, high)
             for name, (low, high) in bounds.items()
-            if space.cost_tables[name].smallest < low or space.cost_tables[name].largest > high
+            if self._tables[name].smallest < low or self._tables[name].largest > high
         }
-        lattices = {name: _Lattice(space.cost_tables[name], *bounds[name]) for name in bounds}
+        lattices = {name: _Lattice(self._tables[name], *bounds[name]) for name in bounds}
         for name, lattice in lattices.items():
             if lattice.count == 0:
                 raise self._infeasible(name, *lattice.nearest)
@@ -141,7 +144,7 @@ class UniformSampler:
             drawn, draws = drawn + draws, min(4 * draws, _MOST_DRAWS_AT_ONCE)
             inside = np.ones(len(genes), dtype=bool)
             for name, (low, high) in self._rejected.items():
-                total = self.space.cost_tables[name].totals(genes)
+                total = self._tables[name].totals(genes)
                 inside &= (total >= low) & (total <= high)
             if inside.any():
                 return Architecture(self.space.name, tuple(genes[int(inside.argmax())].tolist()))
@@ -165,16 +168,16 @@ class UniformSampler:
         assert self._lattice is not None
         for name in (metric for metric in self._rejected if metric != counted):
             low, high = bounds[name]
-            least, most = self._lattice.range_of(self.space.cost_tables[name])
+            least, most = self._lattice.range_of(self._tables[name])
             if least > high or most < low:
-                wanted, table = self.constraint.bounds(), self.space.cost_tables[name]
+                wanted, table = self.constraint.bounds(), self._tables[name]
                 within = f"with {counted} {_describe(*wanted[counted or ''])}"
                 found = f"{_shown(table.value(least))} to {_shown(table.value(most))}"
                 raise InputError(f"{name}: {_describe(*wanted[name])} is infeasible; {within} it is {found}")
 
     def _infeasible(self, name: str, least: int, most: int) -> InputError:
         """With the range of the space, or the values nearest to the wanted range."""
-        table, wanted = self.space.cost_tables[name], self.constraint.bounds()[name]
+        table, wanted = self._tables[name], self.constraint.bounds()[name]
         low, high = table.limits(*wanted)
         outside = most < low or least > high
         ends = [_shown(table.value(end)) for end in (least, most)]
@@ -255,10 +258,6 @@ class _Lattice:
             costs = layer.reshape(-1)
             least, most = (least[step] + costs).min(1), (most[step] + costs).max(1)
         return int(least[0]) + other.fixed, int(most[0]) + other.fixed
-
-
-def _without_table(name: str) -> InputError:
-    return InputError(f"{name}: the space has no table of it; attach one that `spos-fast latency` wrote")
 
 
 def _shown(value: float) -> str:

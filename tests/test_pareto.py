@@ -127,7 +127,7 @@ def test_a_failed_candidate_is_not_on_the_front(paper_space):
 @pytest.mark.parametrize(
     ("objectives", "options", "says"),
     [
-        (("accuracy", "speed"), {}, "'speed'; expected some of accuracy, macs, params, latency_ms"),
+        (("accuracy", "speed"), {}, "'speed'; expected some of accuracy, macs, params, bitops"),
         (("accuracy",), {}, "accuracy and one or more"),
         ("accuracy", {}, "accuracy and one or more"),
         ((), {}, "got none"),

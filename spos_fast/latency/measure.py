@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spos_fast.latency.settings import LatencySettings, describe_machine, describe_versions
-from spos_fast.latency.table import LatencyTable, Spread, layer_shapes, plain_config
+from spos_fast.latency.table import LatencyTable, Spread, plain_config
 from spos_fast.latency.timing import (
     Clock,
     Compiler,
@@ -60,7 +60,7 @@ def measure(
         candidates = _candidates(space, settings, device)
         samples = _sample(candidates, images_for(space, settings, device), settings, Clock(device), progress)
     stem, *layers, head = samples
-    shaped = zip(layers, layer_shapes(space), strict=True)
+    shaped = zip(layers, space.layer_shapes, strict=True)
     return LatencyTable(
         space={"name": space.name, "config": plain_config(space)},
         settings=dataclasses.replace(settings, threads=threads),
@@ -76,7 +76,7 @@ def _candidates(space: Space, settings: LatencySettings, device: torch.device) -
     """For every layer what can run there, in the order of flattened genes, and as many stems and heads: a single copy
     would stay in the caches while blocks take turns, as no network's does.
     """
-    shapes = layer_shapes(space)
+    shapes = space.layer_shapes
     most = max(map(math.prod, shapes))
     sizes = [most, *map(math.prod, shapes), most]
     candidates: list[list[Part]] = [[] for _ in sizes]

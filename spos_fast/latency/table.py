@@ -101,9 +101,9 @@ class LatencyTable:
                 )
         if self.space["name"] != space.name:
             raise InputError(f"latency table: it is of space {self.space['name']!r}, not {space.name!r}")
-        if len(self.layers) != len(layer_shapes(space)):
-            raise InputError(f"latency table: it has {len(self.layers)} layers; expected {len(layer_shapes(space))}")
-        for number, (layer, shape) in enumerate(zip(self.layers, layer_shapes(space), strict=True), 1):
+        if len(self.layers) != len(space.layer_shapes):
+            raise InputError(f"latency table: it has {len(self.layers)} layers; expected {len(space.layer_shapes)}")
+        for number, (layer, shape) in enumerate(zip(self.layers, space.layer_shapes, strict=True), 1):
             if layer.median.shape != shape:
                 raise InputError(
                     f"latency table: layer {number} has entries of shape {layer.median.shape}; expected {shape}"
@@ -187,13 +187,6 @@ def plain_config(space: Space) -> dict[str, Any]:
     """The configuration of a space as it comes back from a JSON file."""
     config: dict[str, Any] = json.loads(json.dumps(space.config()))
     return config
-
-
-def layer_shapes(space: Space) -> list[tuple[int, ...]]:
-    """For every layer how many candidates each of its genes has."""
-    step = len(space.kinds)
-    genes = [len(candidates) for candidates in space.choices]
-    return [tuple(genes[first : first + step]) for first in range(0, len(genes), step)]
 
 
 def _plain_spread(spread: Spread) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""NAS-Bench-101 (Ying et al., "NAS-Bench-101: Towards Reproducible Neural Architecture Search", 2019).
+"""NAS-Bench-101 (Ying et al., "NAS-Bench-101: Towards Reproducible Neural Architecture Search", 2019), and the tables
+of NAS-Bench-201 and NAS-Bench-Macro.
 
 Imports no torch: what needs it (:func:`network`, :func:`evaluate`) is loaded on first use.
 """
@@ -6,10 +7,14 @@ Imports no torch: what needs it (:func:`network`, :func:`evaluate`) is loaded on
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from spos_fast.nasbench.architecture_table import ArchitectureTable, Reference
 from spos_fast.nasbench.batch import Cells, count_parameters, enumerate_cells, hash_cells
 from spos_fast.nasbench.cell import OPERATIONS, hash_cell
+from spos_fast.nasbench.nasbench201 import NASBench201
+from spos_fast.nasbench.nasbench_macro import NASBenchMacro
 from spos_fast.nasbench.table import Table
 
 if TYPE_CHECKING:
@@ -18,9 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPERATIONS",
+    "TABLES",
+    "ArchitectureTable",
     "Cells",
     "Evaluation",
+    "NASBench201",
+    "NASBenchMacro",
     "Recipe",
+    "Reference",
     "Table",
     "count_parameters",
     "enumerate_cells",
@@ -29,6 +39,12 @@ __all__ = [
     "hash_cells",
     "network",
 ]
+
+# Tables of search spaces that a supernet can be made of, by the name of the space.
+TABLES: dict[str, Callable[[str], ArchitectureTable]] = {
+    NASBench201.space: NASBench201,
+    NASBenchMacro.space: NASBenchMacro,
+}
 
 _HOME = {"Evaluation": "training", "Recipe": "training", "evaluate": "training", "network": "networks"}
 

@@ -1,11 +1,16 @@
 """Search spaces. Each turns an architecture into a cost, a path through a supernet, or a network of its own."""
 
 from collections.abc import Callable
+from functools import partial
 
 from spos_fast.spaces.base import METRICS, Cost, CostTable, Space
+from spos_fast.spaces.quant_resnet import REPEATS, QuantResNet
 from spos_fast.spaces.shufflenet_v2 import ShuffleNetV2
 
 # Every space takes input_size, in_channels and num_classes, beside sizes of its own.
-SPACES: dict[str, Callable[..., Space]] = {ShuffleNetV2.name: ShuffleNetV2}
+SPACES: dict[str, Callable[..., Space]] = {
+    ShuffleNetV2.name: ShuffleNetV2,
+    **{f"quant_resnet{depth}": partial(QuantResNet, depth) for depth in REPEATS},
+}
 
-__all__ = ["METRICS", "SPACES", "Cost", "CostTable", "ShuffleNetV2", "Space"]
+__all__ = ["METRICS", "SPACES", "Cost", "CostTable", "QuantResNet", "ShuffleNetV2", "Space"]

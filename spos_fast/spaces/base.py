@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from spos_fast.architecture import Architecture, integer_genes
 from spos_fast.errors import InputError
 from spos_fast.supernet import Supernet
 
-METRICS = ("macs", "params", "latency_ms")
+METRICS = ("macs", "params", "bitops", "latency_ms")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,16 @@ class Cost:
         macs: multiply-accumulates of convolutions and linear layers (the field's "FLOPs").
         params: weights of convolutions and linear layers. As in the published numbers, the scale and shift of
             batch normalisation are not counted (they add 0.8 % to the published network).
+        bitops: bit operations: multiply-accumulates times bits of the weights times bits of the activations, over all
+            quantized convolutions (arXiv 1904.00420, section 4.3, whose G is 2**30); None in a space without
+            quantization.
         latency_ms: predicted milliseconds of one inference on the device, and with the batch, of the latency table that
             the space was given (:class:`spos_fast.LatencyTable`); None without one.
     """
 
     macs: int
     params: int
+    bitops: int | None = None
     latency_ms: float | None = None
 
     def known(self) -> dict[str, int | float]:
@@ -63,6 +69,11 @@ class CostTable:
             first += layer.ndim
         return total
 
+    def cut(self, shapes: Sequence[tuple[int, ...]]) -> CostTable:
+        """The table of the first choices, so many of every gene of every layer."""
+        pairs = zip(self.layers, shapes, strict=True)
+        return replace(self, layers=tuple(layer[tuple(map(slice, shape))] for layer, shape in pairs))
+
     def value(self, total: float) -> float:
         """A total in units of the metric."""
         return total if self.per_unit == 1 else total / self.per_unit
@@ -92,21 +103,40 @@ class CostTable:
         return self.fixed + sum(int(layer.max()) for layer in self.layers)
 
 
+def scaled_channels(channels: int, ratio: float) -> int:
+    """``floor(channels * ratio)``, the rounding of the published list of widths (``int(...)``), in exact arithmetic.
+
+    The ratio stands for the fraction nearest to it with a denominator of at most 1,000: 0.6 and 3 * 0.2 (which is
+    greater by 1e-16) are both three fifths, so no product falls below the whole number that it should be.
+    """
+    return int(channels * Fraction(ratio).limit_denominator(1000))
+
+
+def without_metric(name: str) -> InputError:
+    """What to say where a space has no table of a metric."""
+    if name == "bitops":
+        return InputError("bitops: the space has none; choose a quantized one, such as quant_resnet18, or give it bits")
+    return InputError(f"{name}: the space has no table of it; attach one that `spos-fast latency` wrote")
+
+
 class Space(ABC):
     """A search space. Subclasses set the attributes and build the networks.
 
     Attributes:
         name: what the space is called in architectures, configuration files and on the command line.
-        kinds: what the genes of a layer decide, in order: ``("block",)``, ``("width",)`` or ``("block", "width")``.
+        kinds: what the genes of a layer decide, in order, such as ``("block", "width")`` or ``("bits", "width")``.
             Every layer has one gene of each kind; its genes stand together, layer after layer.
-        choices: for every gene the names of its candidates, in the order of their indices.
-        cost_tables: ``{"macs": CostTable, "params": CostTable}``, and ``"latency_ms"`` once
-            :meth:`spos_fast.LatencyTable.attach` has put it there.
+        choices: for every gene the names of the candidates that are searched, in the order of their indices.
+        references: by kind, the names of candidates that only :meth:`baselines` use, such as a pair of bit-widths
+            that the search leaves out: no search draws them. Their indices follow those of the choices.
+        cost_tables: ``{"macs": CostTable, "params": CostTable}``, ``"bitops"`` in a quantized space, references
+            included; and ``"latency_ms"`` once :meth:`spos_fast.LatencyTable.attach` has put it there, without them.
     """
 
     name: str
     kinds: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...]
+    references: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     cost_tables: dict[str, CostTable]
 
     @property
@@ -116,6 +146,26 @@ class Space(ABC):
         for candidates in self.choices:
             size *= len(candidates)
         return size
+
+    @property
+    def layer_shapes(self) -> list[tuple[int, ...]]:
+        """For every layer how many choices each of its genes has."""
+        genes, step = [len(names) for names in self.choices], len(self.kinds)
+        return [tuple(genes[first : first + step]) for first in range(0, len(genes), step)]
+
+    def candidates(self, gene: int) -> tuple[str, ...]:
+        """Names of what a gene can be: its choices, then the references of its kind."""
+        return self.choices[gene] + self.references.get(self.kinds[gene % len(self.kinds)], ())
+
+    def searched_costs(self, metric: str) -> CostTable:
+        """The table of a metric over what is searched, without references.
+
+        Raises:
+            InputError: the space has none; the message says what gives one.
+        """
+        if metric not in self.cost_tables:
+            raise without_metric(metric)
+        return self.cost_tables[metric].cut(self.layer_shapes)
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """A uniformly random architecture. For ranges of cost see :class:`spos_fast.UniformSampler`."""
@@ -137,9 +187,10 @@ class Space(ABC):
         values = integer_genes(genes)
         if len(values) != len(self.choices):
             raise InputError(f"genes: got {len(values)} genes; space {self.name!r} has {len(self.choices)}")
-        for position, (gene, candidates) in enumerate(zip(values, self.choices, strict=True)):
-            if not 0 <= gene < len(candidates):
-                raise InputError(f"genes: gene {position} is {gene}; it must be 0 to {len(candidates) - 1}")
+        for position, gene in enumerate(values):
+            most = len(self.candidates(position)) - 1
+            if not 0 <= gene <= most:
+                raise InputError(f"genes: gene {position} is {gene}; it must be 0 to {most}")
         return Architecture(self.name, values)
 
     def everywhere(self, *choice: int) -> Architecture:
@@ -147,13 +198,15 @@ class Space(ABC):
         return self.architecture(choice * (len(self.choices) // len(self.kinds)))
 
     def cost(self, arch: Architecture) -> Cost:
-        """Cost of one forward of one image, in closed form.
+        """Cost of one forward of one image, in closed form; of a reference without the latency, which is not measured.
 
         Raises:
             InputError: the architecture is not of this space.
         """
         genes = np.array([self.architecture(arch).genes])
-        totals = {name: table.value(int(table.totals(genes)[0])) for name, table in self.cost_tables.items()}
+        searched = (genes[0] < [len(names) for names in self.choices]).all()
+        tables = {name: table for name, table in self.cost_tables.items() if searched or name != "latency_ms"}
+        totals = {name: table.value(int(table.totals(genes)[0])) for name, table in tables.items()}
         return Cost(**totals)  # type: ignore[arg-type]
 
     @abstractmethod

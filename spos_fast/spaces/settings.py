@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from spos_fast.spaces import Space
+from spos_fast.spaces.bits import bit_names, named_bits
+from spos_fast.spaces.quant_resnet import PAPER_BITS, REPEATS, QuantResNet
 from spos_fast.spaces.shufflenet_v2 import ShuffleNetV2
 
 
@@ -14,7 +16,7 @@ class SpaceConfig:
     """Which search space, and its sizes; defaults are the papers'. Every space has fields of its own.
 
     Attributes:
-        name: the search space: shufflenet_v2.
+        name: the search space: shufflenet_v2, quant_resnet18 or quant_resnet34.
     """
 
     name: str
@@ -76,5 +78,57 @@ class ShuffleNetV2Config(SpaceConfig):
         )
 
 
+@dataclass(frozen=True)
+class QuantResNetConfig(SpaceConfig):
+    """Sizes and bit-widths of the mixed-precision ResNet spaces. Defaults are the paper's.
+
+    Attributes:
+        bits: searched bits of weights and activations, such as 1W2A,2W2A.
+        uniform_bits: bits of the uniform networks that are retrained for comparison; the search leaves out those that
+            are not among bits.
+        ratios: ratios that the width of every residual block is searched in.
+        stem: imagenet (7x7 convolution and max pooling) or cifar (3x3 convolution).
+        stem_stride: of the stem's convolution, 1 or 2; 0: the usual one of the stem.
+        stage_channels: output channels of every stage.
+        stage_repeats: residual blocks of every stage; empty: the depth's.
+        weight_quantizer: dorefa or lsq.
+        act_quantizer: pact, pact_residual, lsq or lsq+.
+        bn: batch normalisation: shared, or per_bits for one for every pair of bit-widths.
+    """
+
+    name: str = "quant_resnet18"
+    bits: tuple[str, ...] = bit_names(PAPER_BITS)
+    uniform_bits: tuple[str, ...] = ("3W3A",)
+    ratios: tuple[float, ...] = (0.5, 1.0, 1.5)
+    stem: str = "imagenet"
+    stem_stride: int = 0
+    stage_channels: tuple[int, ...] = (64, 128, 256, 512)
+    stage_repeats: tuple[int, ...] = ()
+    weight_quantizer: str = "dorefa"
+    act_quantizer: str = "pact"
+    bn: str = "shared"
+
+    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> QuantResNet:
+        """The space for images of one data set.
+
+        Raises:
+            InputError: sizes or bit-widths that give no network.
+        """
+        depth = next(depth for depth in REPEATS if self.name.endswith(str(depth)))
+        sizes = self.sizes()
+        for setting in ("bits", "uniform_bits"):
+            sizes[setting] = named_bits(setting, getattr(self, setting))
+        return QuantResNet(
+            depth,
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            **{**sizes, "stem_stride": self.stem_stride or None},  # type: ignore[arg-type]
+        )
+
+
 # By the name that a user gives; the first is the default.
-SPACE_CONFIGS: dict[str, type[SpaceConfig]] = {ShuffleNetV2.name: ShuffleNetV2Config}
+SPACE_CONFIGS: dict[str, type[SpaceConfig]] = {
+    ShuffleNetV2.name: ShuffleNetV2Config,
+    **{f"quant_resnet{depth}": QuantResNetConfig for depth in REPEATS},
+}

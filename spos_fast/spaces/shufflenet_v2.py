@@ -6,7 +6,6 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,12 @@ from torch import nn
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
 from spos_fast.nn import ShuffleUnit, XceptionUnit
-from spos_fast.spaces.base import CostTable, Space
+from spos_fast.spaces.base import CostTable, Space, scaled_channels
 from spos_fast.supernet import Network, Supernet
 
 KERNEL_SIZES = (3, 5, 7)
 CHOICES = ("shuffle_k3", "shuffle_k5", "shuffle_k7", "xception")
 WIDEST = 2.0
-
-
-def scaled_channels(channels: int, ratio: float) -> int:
-    """``floor(channels * ratio)``, the rounding of the published list of widths (``int(...)``), in exact arithmetic.
-
-    The ratio stands for the fraction nearest to it with a denominator of at most 1,000: 0.6 and 3 * 0.2 (which is
-    greater by 1e-16) are both three fifths, so no product falls below the whole number that it should be.
-    """
-    return int(channels * Fraction(ratio).limit_denominator(1000))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from spos_fast import (
 )
 from spos_fast.latency import Spread
 from spos_fast.latency.settings import describe_machine, describe_versions
-from spos_fast.latency.table import layer_shapes, plain_config
+from spos_fast.latency.table import plain_config
 from spos_fast.spaces import ShuffleNetV2
 
 TINY = dict(
@@ -45,7 +45,7 @@ def invented(space, seed=0, scale=1_000_000):
         versions=describe_versions(),
         stem=spread(()),
         head=spread(()),
-        layers=tuple(spread(shape) for shape in layer_shapes(space)),
+        layers=tuple(spread(shape) for shape in space.layer_shapes),
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spos_fast import Constraint, Evaluator, InputError, UniformSampler, data, evolve, recalibrate, sampling
 from spos_fast.evaluation import Score
 from spos_fast.spaces import ShuffleNetV2
-from spos_fast.spaces.shufflenet_v2 import scaled_channels
+from spos_fast.spaces.base import scaled_channels
 
 PUBLISHED_RATIOS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
 # The architecture that the authors released for blocks and widths together (328M, 3.4M parameters, top-1 74.9).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,6 +28,11 @@ class GraphAct(nn.Module):
     A single signed bit has no zero, which QuantizeLinear would give: there the sign is taken.
     """
 
+    step: Tensor
+    least: Tensor
+    most: Tensor
+    offset: Tensor | None
+
     def __init__(self, act: QuantAct, index: int, opset: int, name: str) -> None:
         super().__init__()
         grid = act_grid(act, index, name)
@@ -43,20 +46,19 @@ class GraphAct(nn.Module):
         self.register_buffer("offset", None if grid.offset is None else _spread(grid.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        offset = cast("Tensor | None", self.offset)
-        if offset is not None:
-            x = x - offset
-        x = self._rounded(x)
-        return x if offset is None else x + offset
+        """The values of x, [N, C, ...], on the grid."""
+        if self.offset is None:
+            return self._rounded(x)
+        return self._rounded(x - self.offset) + self.offset
 
     def _rounded(self, x: Tensor) -> Tensor:
         if self.signed and self.bits == 1:
-            step = _spread(cast(Tensor, self.step))
+            step = _spread(self.step)
             return torch.where(x >= 0, step, -step)
         if self.bits < self.size:
-            x = torch.minimum(x, cast(Tensor, self.most))
+            x = torch.minimum(x, self.most)
             if self.signed:
-                x = torch.maximum(x, cast(Tensor, self.least))
+                x = torch.maximum(x, self.least)
         inner = torch.int8 if self.signed else torch.uint8
         attributes = {} if self.axis is None else {"axis": self.axis}
         codes = torch.onnx.ops.symbolic(
@@ -67,7 +69,7 @@ class GraphAct(nn.Module):
             shape=x.shape,
             version=self.opset,
         )
-        return _dequantized(codes, cast(Tensor, self.step), self.axis, self.opset)
+        return _dequantized(codes, self.step, self.axis, self.opset)
 
 
 class GraphWeight(nn.Module):
@@ -77,6 +79,10 @@ class GraphWeight(nn.Module):
     that k bits have, they are stored as they are; with 2, 4 and 8 bits they need one bit more, and c with
     2 c + 1 equal to them is stored, and half a step added behind.
     """
+
+    weight_codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
 
     def __init__(self, layer: QuantConv2d, index: int, opset: int, name: str) -> None:
         super().__init__()
@@ -96,8 +102,9 @@ class GraphWeight(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self) -> Tensor:
-        weight = _dequantized(cast(Tensor, self.weight_codes), cast(Tensor, self.scale), self.axis, self.opset)
-        return weight if self.shift is None else weight + cast(Tensor, self.shift)
+        """The weights as floats, [out_channels, in_channels / groups, kh, kw]."""
+        weight = _dequantized(self.weight_codes, self.scale, self.axis, self.opset)
+        return weight if self.shift is None else weight + self.shift
 
 
 class GraphConv2d(nn.Module):
@@ -127,6 +134,7 @@ class GraphConv2d(nn.Module):
         in_channels: int | None = None,
         out_channels: int | None = None,
     ) -> Tensor:
+        """As :meth:`QuantConv2d.forward`, with indices that are known and all channels."""
         if isinstance(weight_index, Tensor) or isinstance(act_index, Tensor):
             raise InputError(f"{self.name}: an index of bit-widths must be an int in a graph, not a tensor")
         if in_channels not in (None, self.channels[0]) or out_channels not in (None, self.channels[1]):
@@ -148,6 +156,7 @@ class GraphQuantAct(nn.Module):
         self.acts = nn.ModuleList(GraphAct(act, index, opset, name) for index in range(len(act.bits)))
 
     def forward(self, x: Tensor, index: int = 0) -> Tensor:
+        """As :meth:`QuantAct.forward`, with an index that is known."""
         if isinstance(index, Tensor):
             raise InputError(f"{self.name}: an index of bit-widths must be an int in a graph, not a tensor")
         return self.acts[index](x)
@@ -162,6 +171,7 @@ class GraphBasicBlock(nn.Module):
         self.downsample = block.downsample
 
     def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`QuantBasicBlock.forward`."""
         y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
 

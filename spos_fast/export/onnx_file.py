@@ -27,8 +27,8 @@ def export_onnx(
     """Write a network as an ONNX file, its quantized layers as QuantizeLinear and DequantizeLinear (QDQ).
 
     Weights of :class:`spos_fast.nn.QuantConv2d` are stored as integers: int8 for 5 to 8 bits, int4 for 3 and 4, int2
-    for 1 and 2 (opsets before 25 have no 2-bit types: int4). Activations are uint8, uint4 and uint2 likewise. Everything
-    else is PyTorch's exporter's. The graph is the network in evaluation mode, in float32, with the input ``images``
+    for 1 and 2 (opsets before 25 have no 2-bit types: int4). Activations are uint8, uint4 and uint2 likewise. The rest
+    is PyTorch's exporter's. The graph is the network in evaluation mode, in float32, with the input ``images``
     ``[batch, in_channels, input_size, input_size]``, any batch, and the output ``logits``. Its results are those of the
     network to float rounding, except that a value on the border between two codes may fall to either side.
 

@@ -47,7 +47,8 @@ def save_packed(network: nn.Module, path: str | Path, *, architecture: Architect
         architecture: what the network was built from, so that :func:`load_packed` can build it.
 
     Raises:
-        InputError: no quantized convolutions, one with several bit-widths, or weights that are no float32 or no numbers.
+        InputError: no quantized convolutions, one with several bit-widths, or weights that are not float32, or
+            NaN or infinite.
         CheckpointError: the file could not be written; one that was there is untouched.
     """
     layers = _layers(network)

@@ -55,6 +55,8 @@ def export_onnx(
         raise InputError("network: is a supernet; extract an architecture first")
     check_writable(path)
     plain = copy.deepcopy(network).cpu().eval()
+    # Units run as modules on this format, as one op of ours on channels_last.
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     graph = graph_module(plain, opset).eval()
     model = _exported(graph, torch.zeros(2, in_channels, input_size, input_size), opset)
     _narrow(model, stored_types(graph))

@@ -14,6 +14,8 @@ from spos_fast.errors import CheckpointError
 
 _FORMAT = "spos_fast_checkpoint"
 _VERSION = 1
+# How the name of a state that is kept beside a checkpoint begins.
+_KEPT = "checkpoint_at_"
 # Ending of a file that is being written.
 TEMPORARY = ".spos_fast_tmp"
 
@@ -100,6 +102,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if content.get("version") != _VERSION:
         raise CheckpointError(f"{path}: format version {content.get('version')!r}; this program reads {_VERSION}")
     return content
+
+
+def kept_path(checkpoint: str | Path, step: int) -> Path:
+    """Where the state of a step is kept beside a checkpoint."""
+    return Path(checkpoint).with_name(f"{_KEPT}{step:09}.pt")
+
+
+def kept_checkpoints(checkpoint: str | Path) -> dict[int, Path]:
+    """The states that :func:`spos_fast.train` kept beside a checkpoint, by their steps, ascending."""
+    found = sorted(Path(checkpoint).parent.glob(f"{_KEPT}*.pt"))
+    return {int(path.stem.removeprefix(_KEPT)): path for path in found}
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train the supernet by uniform path sampling",
     "search": "evolutionary search with the supernet's weights, and random search under the same budget",
     "retrain": "train the architectures that were found, and the baselines, as networks of their own",
+    "consistency": "how well the supernet ranks architectures, against a table of networks trained one by one",
     "report": "write report.html from what the run folder holds",
 }
 LATENCY = "measure the latency of every choice on this device, as a table that a search can be limited by"
@@ -40,6 +41,7 @@ SECTIONS_OF = {
     "train": ("data", "space", "train"),
     "search": ("data", "space", "train", "search"),
     "retrain": ("data", "space", "train", "search", "retrain"),
+    "consistency": ("data", "space", "train", "consistency"),
     "report": (),
     "latency": ("data", "space"),
 }
@@ -48,6 +50,7 @@ STAGES_OF = {
     "train": ("train",),
     "search": ("search",),
     "retrain": ("retrain",),
+    "consistency": ("train", "consistency"),
     "report": (),
 }
 
@@ -135,6 +138,11 @@ def _run(options: argparse.Namespace) -> None:
         space = pipeline.make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
         for stage in STAGES_OF[options.command]:
             pipeline.check_settings(stage, config, source, space)
+        table = None
+        if options.command == "consistency":
+            from spos_fast.consistency import open_table
+
+            table = open_table(config, source, space)
         if options.command in ("search", "retrain"):
             pipeline.require_stage_before(options.command, options.folder, config)
         job = pipeline.Job(
@@ -152,14 +160,29 @@ def _run(options: argparse.Namespace) -> None:
             stack.enter_context(Run(options.folder, preset, flags, STAGES_OF[options.command]))
             console = job.listener = stack.enter_context(_console())
         exchange.barrier()  # a folder that rank 0 cannot have ends all ranks here
-        if options.command in ("demo", "train"):
+        if options.command in ("demo", "train", "consistency"):
             pipeline.train_supernet(job)
+        if table is not None:
+            _consistency(job, table)
+            return
         if options.command in ("demo", "search"):
             pipeline.search(job)
         if options.command in ("demo", "retrain"):
             pipeline.retrain(job, chosen if options.command == "retrain" else pipeline.baselines(job))
         if exchange.rank == 0:
             console.say(f"report: {write_report(options.folder)}")
+
+
+def _consistency(job: Any, table: Any) -> None:
+    from spos_fast.analysis.consistency_report import tau_text, title, write_consistency_report
+    from spos_fast.consistency import consistency
+
+    result = consistency(job, table)
+    if job.exchange.rank == 0:
+        for ranking in (*result.scored, *result.references):
+            name = title(ranking.way) if ranking.way else ranking.name
+            job.listener.say(f"{name}: tau {tau_text(ranking.statistics)}")
+        job.listener.say(f"report: {write_consistency_report(job.folder, result)}")
 
 
 def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
@@ -250,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         default = Path("runs/demo") if name == "demo" else None
         begins = (
-            "made if it is not there, gone on with if it is" if name in ("demo", "train") else "of an earlier stage"
+            "made if it is not there, gone on with if it is" if "train" in STAGES_OF[name] else "of an earlier stage"
         )
         command.add_argument(
             "--folder",
@@ -348,14 +371,20 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
                 there.add(name)
                 shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
                 text = text.rstrip(".").replace("%", "%%")
+                flags = [f"--{section}.{name}"]
+                if section == "consistency":  # the settings of this command alone
+                    flags.insert(0, "--" + name.replace("_", "-"))
                 group.add_argument(
-                    f"--{section}.{name}", metavar="VALUE", help=f"{text} (default {shown})" if shown != "" else text
+                    *flags,
+                    dest=f"{section}.{name}",
+                    metavar="VALUE",
+                    help=f"{text} (default {shown})" if shown != "" else text,
                 )
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
     """Settings given as flags, as nested plain values."""
-    from spos_fast.config import parse_flag, settings_of
+    from spos_fast.config import TABLES, parse_flag, settings_of
 
     values: dict[str, Any] = {}
     if options.seed is not None:
@@ -365,7 +394,7 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
             text = getattr(options, f"{section}.{name}")
             if text is not None:
                 values.setdefault(section, {})[name] = parse_flag(f"--{section}.{name}", text, kind)
-    for section, name in (("data", "path"), ("search", "latency_table")):
+    for section, name in (("data", "path"), *TABLES):
         path = values.get(section, {}).get(name)
         if path:
             # A run goes on from another working directory too.

@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spos_fast.calibration import MODES
 from spos_fast.data import DataSource, load
 from spos_fast.errors import InputError
+from spos_fast.isomorphism import IsomorphismSampler
 from spos_fast.pareto import check_objectives
 from spos_fast.sampling import Constraint, UniformSampler
 from spos_fast.spaces import Space
@@ -113,30 +114,44 @@ class SupernetConfig(CostRange, TrainConfig):
     """Training of the supernet; the ranges of cost are those of the sampled paths.
 
     Attributes:
+        sampling: uniform over architectures, or isomorphism, uniform over classes of those whose networks are the same
+            (in nasbench201 and nasbench_macro).
         widening_start: share of the steps in which blocks run at their widest ratio only.
         widening_end: share of the steps after which all ratios are drawn, within the ranges of cost; in between the
             smaller ones join one by one. 0: all from the first step on.
+        keep_checkpoints: how many states of the supernet on the way are kept, evenly spaced, beside the last.
     """
 
+    sampling: str = "uniform"
     widening_start: float = 0.0
     widening_end: float = 0.0
+    keep_checkpoints: int = 0
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         CostRange.__post_init__(self)
         _ = self.constraint
+        if self.keep_checkpoints < 0:
+            raise InputError(f"keep_checkpoints: got {self.keep_checkpoints}; expected 0 or more")
+        if self.sampling not in ("uniform", "isomorphism"):
+            raise InputError(f"sampling: got {self.sampling!r}; expected uniform or isomorphism")
+        if self.sampling != "uniform" and self.widening_end:
+            raise InputError("sampling: a widening schedule draws uniformly; leave one of the two out")
         if not 0 <= self.widening_start <= self.widening_end <= 1:
             raise InputError(
                 f"widening_start, widening_end: got {self.widening_start:g} and {self.widening_end:g}; "
                 "expected shares of the steps, the first not above the second"
             )
 
-    def sampler(self, space: Space) -> UniformSampler | WideningSampler:
+    def sampler(self, space: Space) -> UniformSampler | WideningSampler | IsomorphismSampler:
         """What draws the paths of the training.
 
         Raises:
-            InputError: an infeasible constraint, or a widening schedule for a space without widths.
+            InputError: an infeasible constraint, a widening schedule for a space without widths, or isomorphism in a
+                space that is too large for it.
         """
+        if self.sampling == "isomorphism":
+            return IsomorphismSampler(space, self.constraint)
         sampler = UniformSampler(space, self.constraint)
         if self.widening_end == 0:
             return sampler
@@ -249,6 +264,49 @@ class RetrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class ConsistencyConfig:
+    """How well the supernet ranks architectures, against a table of networks that were trained one by one.
+
+    Nothing binds: scores are kept by how they were made, and what is asked for anew is scored beside them.
+
+    Attributes:
+        table: file of the table: of nasbench201 the compact .npz, of nasbench_macro the official .json, or .csv.
+        dataset: which of the table's data sets; empty: the one of the images' name.
+        n: how many architectures are scored, drawn with the seed, or all.
+        ablation: ways to set the statistics of batch normalisation: cumulative, pooled, ema, none.
+        calibration_images: images of the training part that the statistics come from; with several numbers, the first
+            way of ablation that takes images is scored with each of them, the others with the first number.
+        calibration_batch: images in a batch of calibration.
+        batch_size: images in a batch of validation.
+        checkpoints: whether states that training kept (train.keep_checkpoints) are scored too.
+    """
+
+    table: str = ""
+    dataset: str = ""
+    n: str = "500"
+    ablation: tuple[str, ...] = ("cumulative", "none")
+    calibration_images: tuple[int, ...] = (4096,)
+    calibration_batch: int = 128
+    batch_size: int = 256
+    checkpoints: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n != "all" and not (self.n.isdecimal() and int(self.n) > 1):
+            raise InputError(f"n: got {self.n!r}; expected a number of architectures, 2 or more, or all")
+        for mode in self.ablation:
+            if mode not in (*MODES, "none"):
+                raise InputError(f"ablation: got {mode!r}; expected some of {', '.join(MODES)}, none")
+        for name in ("ablation", "calibration_images"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"{name}: got {','.join(map(str, values))!r}; expected one or more, each once")
+        if min(self.calibration_images) < 2 or self.calibration_batch < 2:
+            raise InputError("calibration_images, calibration_batch: expected at least 2")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size: got {self.batch_size}; expected a positive number")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that the numbers of a run depend on.
 
@@ -259,6 +317,7 @@ class Config:
         train: see :class:`SupernetConfig`.
         search: see :class:`SearchConfig`.
         retrain: see :class:`RetrainConfig`.
+        consistency: see :class:`ConsistencyConfig`.
     """
 
     seed: int = 0
@@ -267,6 +326,7 @@ class Config:
     train: SupernetConfig = SupernetConfig()
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
 
 
 # The dataclasses that a section may be of: what it names decides, or there is but one.
@@ -276,7 +336,12 @@ SECTIONS: dict[str, tuple[Any, ...]] = {
     "train": (SupernetConfig,),
     "search": (SearchConfig,),
     "retrain": (RetrainConfig,),
+    "consistency": (ConsistencyConfig,),
 }
+
+
+# Settings that are paths of tables.
+TABLES = (("search", "latency_table"), ("consistency", "table"))
 
 
 def config_from(values: Mapping[str, Any], origin: str) -> Config:
@@ -325,8 +390,8 @@ def _section(name: str, value: Mapping[str, Any]) -> Any:
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
-    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file, in which a relative
-    ``search.latency_table`` is one beside the file.
+    """The plain values of a preset (``digits``, ``imagenet``, ...) or of a TOML file, in which a relative path of a
+    table is one beside the file.
 
     Raises:
         InputError: no such preset or file, or no TOML.
@@ -344,10 +409,11 @@ def read_config(name_or_path: str) -> dict[str, Any]:
         values = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config: {path} is not TOML ({error})") from None
-    search = values.get("search")
-    table = search.get("latency_table") if isinstance(search, dict) else None
-    if table and isinstance(table, str):
-        search["latency_table"] = str((path.parent / Path(table).expanduser()).resolve())
+    for section, name in TABLES:
+        given = values.get(section)
+        table = given.get(name) if isinstance(given, dict) else None
+        if table and isinstance(table, str):
+            given[name] = str((path.parent / Path(table).expanduser()).resolve())
     return values
 
 

@@ -15,8 +15,8 @@ from spos_fast.training import Metrics
 # Seconds between two lines when the output is no terminal.
 _LINE_EVERY = 15.0
 _UNITS = {
-    **dict.fromkeys(("evolution", "random_search", "pareto"), "arch"),
     **dict.fromkeys(("calibration", "validation"), "image"),
+    "supernet": "step",
 }
 
 
@@ -52,7 +52,7 @@ class Console(Listener):
         if done:
             self.say(f"{stage}: goes on after {done:,} of {total:,}")
         if self._terminal:
-            unit = _UNITS.get(stage, "step")
+            unit = _UNITS.get(stage, "step" if stage.startswith("retrain/") else "arch")
             self._bar = tqdm(total=total, initial=done, desc=stage, unit=unit, dynamic_ncols=True)
 
     def decoded(self, part: str, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class Evaluator:
         net: a trained supernet. Its weights are laid out as channels_last, with the same values.
         calibration: images for the statistics, from the training part.
         validation: images for the accuracy, split off the training part; never the test set.
-        mode: how statistics are averaged, see :func:`spos_fast.recalibrate`.
+        mode: how statistics are averaged, see :func:`spos_fast.recalibrate`; ``"none"``: not at all, candidates are
+            normalised by the running statistics that training left, which fit no path (for comparison).
         calibration_batch: most images in a batch of calibration. The set is cut into batches of equal size (give or
             take one image), so that every batch weighs the same; a smaller set is one batch.
         batch_size: images in a batch of validation.
@@ -86,7 +87,7 @@ class Evaluator:
         calibration: Images,
         validation: Images,
         *,
-        mode: Mode = "cumulative",
+        mode: Mode | Literal["none"] = "cumulative",
         calibration_batch: int = 128,
         batch_size: int = 256,
         memory: int | None = None,
@@ -100,8 +101,8 @@ class Evaluator:
             raise InputError(f"net: got {type(net).__name__}; expected a Supernet (evaluate() takes plain networks)")
         if type(net).forward is not Supernet.forward or "forward" in vars(net):
             raise InputError(f"net: {type(net).__name__} has a forward of its own, but the Evaluator runs net's blocks")
-        if mode not in MODES:
-            raise InputError(f"mode: got {mode!r}; expected one of {', '.join(MODES)}")
+        if mode not in (*MODES, "none"):
+            raise InputError(f"mode: got {mode!r}; expected one of {', '.join(MODES)}, none")
         for name, value in (("calibration_batch", calibration_batch), ("batch_size", batch_size), ("memory", memory)):
             if not isinstance(value, int) and not (name == "memory" and value is None):
                 raise InputError(f"{name}: got {value!r}; expected a whole number")
@@ -167,11 +168,7 @@ class Evaluator:
         root = build(parts, routes, shared)
         paths = root.paths()
         nodes = list(dict.fromkeys(node for path in paths for node in path))
-        running = RunningStatistics([node.part for node in nodes], self.mode)
-        for images in self._calibration_batches():
-            moments: dict[Node, Moments] = {}
-            walk(root, images, partial(_calibrate, moments), width)
-            running.merge([moments[node] for node in nodes])
+        running = self._statistics(root, nodes, width)
         statistics = dict(zip(nodes, running.statistics(), strict=True))
         tally = _Tally(len(routes), self.validation.labels.device)
         seen, total = 0, len(self.validation)
@@ -184,6 +181,20 @@ class Evaluator:
                     break
         sound = dict(zip(nodes, running.finite().tolist(), strict=True))
         return tally.scores(total, [all(sound[node] for node in path) for path in paths])
+
+    def _statistics(self, root: Node, nodes: Sequence[Node], width: int) -> RunningStatistics:
+        """Statistics of the nodes of a tree."""
+        parts = [node.part for node in nodes]
+        if self.mode == "none":
+            running = RunningStatistics(parts, "cumulative")  # there are no batches to average
+            running.take_own()
+            return running
+        running = RunningStatistics(parts, self.mode)
+        for images in self._calibration_batches():
+            moments: dict[Node, Moments] = {}
+            walk(root, images, partial(_calibrate, moments), width)
+            running.merge([moments[node] for node in nodes])
+        return running
 
     def _plan(self, parts: Parts, routes: int) -> tuple[int | None, int]:
         """How many blocks of a prefix may be shared (None: not even the stem), and how many nodes run together."""

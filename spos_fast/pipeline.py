@@ -164,6 +164,7 @@ def train_supernet(job: Job) -> None:
             checkpoint=checkpoint,
             on_resume=on_resume,
             on_metrics=on_metrics,
+            keep_checkpoints=config.train.keep_checkpoints,
         )
 
 

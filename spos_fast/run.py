@@ -3,12 +3,14 @@
 ::
 
     config.json                 settings of every stage that was started; given.json: what the user gave for all stages
-    supernet/checkpoint.pt      weights, momentum, step; metrics.jsonl beside it
+    supernet/checkpoint.pt      weights, momentum, step; metrics.jsonl beside it, and checkpoint_at_STEP.pt: weights on
+                                the way, with keep_checkpoints
     search/candidates.jsonl     every scored candidate; evolution.json, random_search.json, best.json at the end;
                                 pareto.json, front.json with objectives; latency.json: the table that limits rest on
     retrain/LABEL/              checkpoint.pt, metrics.jsonl, result.json of one architecture
+    consistency/WAY.jsonl       scores of architectures, one file for each way to score them; result.json
     tensorboard/                scalars
-    report.html
+    report.html, report_consistency.html
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ STAGES = {
     "train": ("seed", "data", "space", "train"),
     "search": ("seed", "data", "space", "train", "search"),
     "retrain": ("seed", "data", "space", "train", "search", "retrain"),
+    "consistency": ("seed", "data", "space", "train", "consistency"),
 }
 
 

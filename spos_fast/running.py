@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,6 +47,14 @@ class RunningStatistics:
         self._count = [before + new for before, new in zip(done, count, strict=True)]
         self._vectors = [len(each.mean) for each in moments]
         self._batches += 1
+
+    def take_own(self) -> None:
+        """Take what the layers of the parts carry themselves, in place of batches."""
+        layers = [pair for part in self._parts for pair in zip(part.norms, part.widths, strict=True)]
+        # Parts' layers have running statistics.
+        self._mean = [cast(Tensor, layer.running_mean)[:width].double() for layer, width in layers]
+        self._var = [cast(Tensor, layer.running_var)[:width].double() for layer, width in layers]
+        self._vectors = [len(part.norms) for part in self._parts]
 
     def statistics(self) -> list[Statistics]:
         """What the parts normalise by, one of each part."""

@@ -1,7 +1,7 @@
 """Training of supernets and of plain networks, by the same code.
 
-SGD with momentum, learning rate falling linearly to 0, weight decay on weights only, label smoothing
-(arXiv 1904.00420, section 4.1). Everything random in a step depends on the seed and the step alone, so a run that was
+SGD with momentum, a falling learning rate, weight decay on weights only, label smoothing (arXiv 1904.00420,
+section 4.1). Everything random in a step depends on the seed and the step alone, so a run that was
 killed and resumed gives the same bits as one that was not.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,13 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spos_fast import distributed
 from spos_fast.architecture import Architecture
-from spos_fast.checkpoint import load_checkpoint, save_checkpoint
+from spos_fast.checkpoint import kept_path, load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 
 Amp = Literal["off", "bf16", "fp16"]
+Schedule = Literal["linear", "cosine"]
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,8 +41,11 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         batch_size: images a step, over all processes together.
-        lr: learning rate of the first step; falls linearly to 0.
+        lr: learning rate of the first step.
+        schedule: how the learning rate falls: ``"linear"`` or ``"cosine"``.
+        lr_end: where it falls to.
         momentum: of SGD.
+        nesterov: whether the momentum is Nesterov's.
         weight_decay: on weights of convolutions and linear layers only.
         label_smoothing: of the cross-entropy.
         clip_norm: greatest norm of the gradient; 0 leaves it alone.
@@ -53,7 +58,10 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 128
     lr: float = 0.1
+    schedule: Schedule = "linear"
+    lr_end: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 4e-5
     label_smoothing: float = 0.1
     clip_norm: float = 0.0
@@ -66,15 +74,25 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}; expected a positive number")
-        for name in ("lr", "momentum", "weight_decay", "label_smoothing", "clip_norm", "checkpoint_seconds"):
+        for name in ("lr", "lr_end", "momentum", "weight_decay", "label_smoothing", "clip_norm", "checkpoint_seconds"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name}: got {value}; expected 0 or more")
         for name in ("momentum", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name}: got {getattr(self, name)}; expected less than 1")
+        if self.schedule not in ("linear", "cosine"):
+            raise InputError(f"schedule: got {self.schedule!r}; expected linear or cosine")
+        if self.nesterov and self.momentum == 0:
+            raise InputError("nesterov: there is no momentum; give one, or leave it out")
         if self.amp not in ("off", *_AMP_TYPES):
             raise InputError(f"amp: got {self.amp!r}; expected off, bf16 or fp16")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, 0 for the first; :attr:`lr_end` would be that of the step behind the last."""
+        done = step / self.steps
+        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.lr_end + (self.lr - self.lr_end) * left
 
 
 class PathSampler(Protocol):
@@ -123,6 +141,7 @@ def train(
     identity: dict[str, Any] | None = None,
     on_resume: Callable[[int], None] | None = None,
     on_metrics: Callable[[Metrics], None] | None = None,
+    keep_checkpoints: int = 0,
 ) -> None:
     """Train ``net`` in place, on the device where its parameters are.
 
@@ -141,6 +160,8 @@ def train(
         identity: plain values that must be the same in a checkpoint for it to be resumed from.
         on_resume: called once with the number of steps that are already done.
         on_metrics: called every ``log_every`` steps and after the last, on rank 0.
+        keep_checkpoints: how many states of the network on the way are kept beside the checkpoint, evenly spaced, each
+            at the next row of metrics (:func:`spos_fast.checkpoint.kept_checkpoints`); none is resumed from.
 
     Raises:
         InputError: settings that do not fit together, or a loss that is not finite.
@@ -182,7 +203,7 @@ def train(
             if config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             arch = sampler.at(seed, step) if sampler is not None else None
-            lr = config.lr * (1 - step / config.steps)
+            lr = config.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # Dropout draws from torch's global generator.
@@ -195,6 +216,9 @@ def train(
             metrics = window.close(done, lr)
             if on_metrics is not None and distributed.rank() == 0:
                 on_metrics(metrics)
+            if checkpoint is not None and distributed.rank() == 0 and _is_kept(done, config, keep_checkpoints):
+                # Before the checkpoint: a run that is killed in between writes it again, and never lacks it.
+                state.keep(checkpoint, done)
             due = time.monotonic() - saved >= config.checkpoint_seconds
             if checkpoint is not None and distributed.rank() == 0 and (due or done == config.steps):
                 state.save(checkpoint, done)
@@ -233,7 +257,8 @@ def _optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def _check_same_start(start: int, device: torch.device) -> None:
@@ -329,6 +354,11 @@ class _State:
             },
         )
 
+    def keep(self, path: str | Path, step: int) -> None:
+        """Save the network alone, beside the checkpoint."""
+        content = {"step": step, "identity": self.identity, "space": self.space, "model": self.net.state_dict()}
+        save_checkpoint(kept_path(path, step), content)
+
     def load(self, path: str | Path) -> int:
         """Number of steps done; 0 where there is no checkpoint yet."""
         if not Path(path).exists():
@@ -338,9 +368,11 @@ class _State:
             if key not in content:
                 raise CheckpointError(f"{path}: not a checkpoint of training ({key} is missing)")
         self._check_space(content.get("space"), path)
+        # Settings that are younger than a checkpoint had what is their default when it was written.
+        recorded = {**asdict(TrainConfig()), **content["identity"]}
         for key, value in self.identity.items():
-            if content.get("identity", {}).get(key) != value:
-                other = content.get("identity", {}).get(key)
+            if recorded.get(key) != value:
+                other = recorded.get(key)
                 raise CheckpointError(
                     f"{path}: was trained with {key} = {other!r}, not {value!r}; use another run folder"
                 )
@@ -360,6 +392,12 @@ class _State:
                 for space in (other, self.space)
             )
             raise CheckpointError(f"{path}: was trained in the space {theirs}, not {own}; use another run folder")
+
+
+def _is_kept(done: int, config: TrainConfig, count: int) -> bool:
+    """Whether a state at a row of metrics is the first one behind one of ``count`` evenly spaced steps."""
+    before = (done - 1) // config.log_every * config.log_every
+    return done < config.steps and (count + 1) * done // config.steps > (count + 1) * before // config.steps
 
 
 def load_model(net: nn.Module, content: dict[str, Any], path: str | Path) -> None:

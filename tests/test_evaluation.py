@@ -56,6 +56,40 @@ def test_a_score_is_the_accuracy_of_the_recalibrated_extracted_network(tiny_spac
     assert evaluate(plain, validation.batches(50)).accuracy == score.accuracy
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_without_recalibration_a_path_runs_on_the_statistics_that_training_left(tiny_space, digits, stacked):
+    """Mode "none" is the supernet in evaluation mode, whatever the calibration images are."""
+    torch.manual_seed(0)
+    net = tiny_space.supernet().train()
+    rng = np.random.default_rng(0)
+    archs = [tiny_space.sample(rng) for _ in range(5)]
+    with torch.no_grad():
+        for arch in archs[:3]:
+            net(digits.calibration(64, seed=1).pixels.float() / 100, arch)
+    scores = Evaluator(net, digits.calibration(2, seed=0), digits.validation(), mode="none", stacked=stacked)(archs)
+    net.eval()
+    for arch, score in zip(archs, scores, strict=True):
+        with torch.no_grad():
+            made = [(net(x, arch), labels) for x, labels in digits.validation().batches(256)]
+        logits, labels = torch.cat([x for x, _ in made]), torch.cat([labels for _, labels in made])
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        assert score.loss == pytest.approx(loss, rel=1e-5)
+        assert score.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1 / len(labels))
+    calibrated = Evaluator(net, digits.calibration(128, seed=0), digits.validation())(archs)
+    assert all(abs(a.loss - b.loss) > 1e-4 for a, b in zip(scores, calibrated, strict=True))
+
+
+def test_without_recalibration_statistics_that_are_not_finite_are_a_failure(tiny_space, digits):
+    """A path through a layer whose running variance is NaN has failed, the others have not."""
+    torch.manual_seed(0)
+    net = tiny_space.supernet()
+    broken = net.features[3][1]
+    next(m for m in broken.modules() if isinstance(m, torch.nn.BatchNorm2d)).running_var[0] = float("nan")
+    archs = [tiny_space.architecture([0, 1, 2, last]) for last in (0, 1)]
+    scores = Evaluator(net, digits.calibration(2, seed=0), digits.validation(), mode="none")(archs)
+    assert [score.failed for score in scores] == [False, True]
+
+
 def test_calibration_batches_are_of_equal_size(evaluator):
     """A short last batch would weigh as much as a full one."""
     assert [len(batch) for batch in evaluator._calibration_batches()] == [50, 50, 50, 50]

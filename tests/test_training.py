@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spos_fast import CheckpointError, InputError, Metrics, TrainConfig, UniformSampler, data, evaluate, train
-from spos_fast.checkpoint import load_checkpoint, save_checkpoint
+from spos_fast.checkpoint import kept_checkpoints, load_checkpoint, save_checkpoint
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.training import _mix
 
@@ -16,7 +16,7 @@ def digits():
     return data.load("digits")
 
 
-def _trained(space, source, steps, *, supernet=True, checkpoint=None, total=12, **options):
+def _trained(space, source, steps, *, supernet=True, checkpoint=None, total=12, keep_checkpoints=0, **options):
     """A network trained for ``steps`` of ``total`` steps: a process that is killed there."""
     torch.manual_seed(0)
     net = space.supernet() if supernet else space.build(space.everywhere(0))
@@ -30,7 +30,10 @@ def _trained(space, source, steps, *, supernet=True, checkpoint=None, total=12, 
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        train(net, source, config, sampler=sampler, seed=5, checkpoint=checkpoint, on_metrics=stop)
+        train(
+            net, source, config, sampler=sampler, seed=5, checkpoint=checkpoint, on_metrics=stop,
+            keep_checkpoints=keep_checkpoints,
+        )  # fmt: skip
     return net, rows
 
 
@@ -55,11 +58,75 @@ def test_resuming_gives_the_same_bits(tiny_space, digits, tmp_path, supernet, op
     assert _equal(whole, again) and not none
 
 
+def test_states_on_the_way_are_those_of_shorter_runs(tiny_space, digits, tmp_path):
+    """Three states of 12 steps, at 3, 6 and 9 or the row of metrics behind, resumed or not; training is the same."""
+    whole, _ = _trained(tiny_space, digits, 12)
+    path = tmp_path / "one" / "checkpoint.pt"
+    for steps in (4, 12):
+        kept, _ = _trained(tiny_space, digits, steps, checkpoint=path, keep_checkpoints=3)
+    assert _equal(whole, kept) and list(kept_checkpoints(path)) == [4, 6, 10]
+    for step, file in kept_checkpoints(path).items():
+        expected = tmp_path / f"{step}" / "checkpoint.pt"
+        _trained(tiny_space, digits, step, checkpoint=expected)
+        found, shorter = load_checkpoint(file), load_checkpoint(expected)
+        assert found["step"] == shorter["step"] == step
+        assert all(torch.equal(found["model"][name], value) for name, value in shorter["model"].items())
+    with pytest.raises(CheckpointError, match="optimizer is missing"):
+        _trained(tiny_space, digits, 12, checkpoint=file)
+
+
+def test_a_state_is_kept_before_the_checkpoint_behind_it(tiny_space, digits, tmp_path, monkeypatch):
+    """Killed between the two writes, the run comes to that step again: no state is ever lacking."""
+    written = []
+    monkeypatch.setattr("spos_fast.training.save_checkpoint", lambda path, content: written.append(path.name))
+    _trained(tiny_space, digits, 12, checkpoint=tmp_path / "checkpoint.pt", keep_checkpoints=1)
+    at = written.index("checkpoint_at_000000006.pt")
+    assert written[at - 1 : at + 2] == ["checkpoint.pt", "checkpoint_at_000000006.pt", "checkpoint.pt"]
+    assert len(written) == 7
+
+
 def test_learning_rate_falls_linearly_to_zero(tiny_space, digits):
     """lr, then lr x (1 - step / steps) per step."""
     _, rows = _trained(tiny_space, digits, 12, lr=0.4, log_every=1)
     assert [row.lr for row in rows] == pytest.approx([0.4 * (1 - s / 12) for s in range(12)])
     assert [row.step for row in rows] == list(range(1, 13))
+
+
+def test_learning_rate_falls_as_a_cosine(tiny_space, digits):
+    """From lr to lr_end along half a cosine; linearly to lr_end too."""
+    _, rows = _trained(tiny_space, digits, 12, lr=0.4, lr_end=0.1, schedule="cosine", log_every=1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.4), 12, eta_min=0.1)
+    for row in rows:
+        assert row.lr == pytest.approx(cosine.get_last_lr()[0])
+        cosine.optimizer.step(), cosine.step()
+    config = TrainConfig(steps=4, lr=0.4, lr_end=0.2)
+    assert [config.lr_at(step) for step in range(4)] == pytest.approx([0.4, 0.35, 0.3, 0.25])
+    for wrong in (dict(schedule="step"), dict(lr_end=-0.1), dict(nesterov=True, momentum=0.0)):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            TrainConfig(**wrong)
+
+
+def test_nesterov_looks_ahead(tiny_space, digits):
+    """Its first step is 1 + momentum times as long as that of plain momentum."""
+    options = dict(total=1, weight_decay=0.0)
+    ahead, _ = _trained(tiny_space, digits, 1, lr=0.1, nesterov=True, **options)
+    plain, _ = _trained(tiny_space, digits, 1, lr=0.1 * 1.9, **options)
+    for one, other in zip(ahead.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tiny_space, digits, tmp_path):
+    """Written without schedule and nesterov: it resumes as it was, and is refused with anything but their defaults."""
+    path = tmp_path / "checkpoint.pt"
+    _trained(tiny_space, digits, 4, checkpoint=path)
+    content = load_checkpoint(path)
+    for name in ("schedule", "lr_end", "nesterov"):
+        del content["identity"][name]
+    save_checkpoint(path, content)
+    with pytest.raises(CheckpointError, match="schedule = 'linear'"):
+        _trained(tiny_space, digits, 12, checkpoint=path, schedule="cosine")
+    net, _ = _trained(tiny_space, digits, 12, checkpoint=path)
+    assert _equal(net, _trained(tiny_space, digits, 12)[0])
 
 
 def test_one_step_is_sgd_with_label_smoothing(tiny_space, digits):

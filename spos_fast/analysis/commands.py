@@ -16,7 +16,11 @@ def stage_command(data: RunData, stage: str) -> str:
 
 def again_commands(data: RunData) -> list[str]:
     """Commands that make the same run in another folder; settings that are the default are left out."""
-    began = {"search": bool(data.evolution or data.random_search), "retrain": bool(data.retrained)}
+    began = {
+        "search": bool(data.evolution or data.random_search),
+        "retrain": bool(data.retrained),
+        "consistency": any(data.path.glob("consistency/*.jsonl")),
+    }
     # A search with a published supernet needs no training, and then is the first to name data and space.
     stages = [] if data.config.search.supernet and not data.supernet else ["train"]
     stages += [stage for stage, done in began.items() if done]

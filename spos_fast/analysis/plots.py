@@ -126,7 +126,7 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
     figure = Figure(figsize=(width / 72, tall / 72), dpi=72)
     axes = figure.add_axes((left / width, 6 / tall, cell * layers / width, height * total / tall))
     axes.set(xlim=(0, layers), ylim=(total, 0), xticks=np.arange(layers) + 0.5, yticks=[])
-    axes.set_xticklabels([str(layer + 1) for layer in range(layers)], fontsize=SMALL, color=COLOURS["muted"])
+    axes.set_xticklabels(data.layer_names, fontsize=SMALL, color=COLOURS["muted"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -135,7 +135,7 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
             _row_label(axes, choice, name)
             for layer in range(layers):
                 share = shares[choice, layer]
-                colour = choice_colour(choice) if kind == "block" else "width"
+                colour = "width" if kind == "width" else choice_colour(choice)
                 full = share >= (0.45 if colour in DARK_ON else 0.75)
                 text_colour = f"on-{colour}" if full else "ink"
                 _cell(axes, layer, choice, colour, share, f"{share:.0%}" if share else "", text_colour)
@@ -144,11 +144,11 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
         y = heat_rows + gap + index
         _row_label(axes, y, row.title)
         for layer, choice in enumerate(data.of_kind(kind, row.genes or ())):
-            if kind == "block":
-                _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
-            else:
+            if kind == "width":
                 shade = (choice + 1) / len(names)
                 _cell(axes, layer, y, "width", shade, tags[choice], "on-width" if shade >= 0.75 else "ink")
+            else:
+                _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
     repeats = getattr(data.config.space, "stage_repeats", ())
     if sum(repeats) == layers:
         for edge in np.cumsum(repeats)[:-1]:

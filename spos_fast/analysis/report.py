@@ -191,7 +191,8 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
         )
     top = min(data.config.search.top_k, len(data.evolution))
     above = f"Above: share of every choice among the {top} best architectures of evolution, layer by layer. "
-    caption = (above if top else "") + "Below: the compared architectures. Thick lines part the stages."
+    caption = (above if top else "") + "Below: the compared architectures."
+    caption += " Thick lines part the stages." if hasattr(data.config.space, "stage_repeats") else ""
     for kind in data.kinds:
         drawn = card("", choice_map(data, rows, kind), caption, wide=True)
         parts.append(f"<h2>Which {kind} where</h2>{drawn}")

@@ -93,6 +93,7 @@ class RunData:
         config: its settings, defaults for stages that have not begun.
         sections: names of the settings that the folder stores.
         choices: for every gene the names of its candidates.
+        layer_names: for every layer what to call it.
         kinds: what the genes of a layer decide: block, width, or both.
         baselines: genes of the uniform networks of the comparison, by label.
         supernet: rows of the supernet's training.
@@ -108,6 +109,7 @@ class RunData:
     config: Config
     sections: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...]
+    layer_names: tuple[str, ...]
     kinds: tuple[str, ...]
     baselines: dict[str, tuple[int, ...]]
     supernet: tuple[Metrics, ...]
@@ -167,6 +169,7 @@ def read_run(path: Path) -> RunData:
         config=config,
         sections=tuple(name for name in SECTIONS if name in stored),
         choices=space.choices,
+        layer_names=space.layer_names,
         kinds=space.kinds,
         baselines=baselines,
         supernet=reader.metrics("supernet", config.train.steps),

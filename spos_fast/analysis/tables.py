@@ -93,7 +93,7 @@ def strip(genes: Sequence[int], data: RunData) -> str:
         chosen = data.of_kind(kind, genes)
         for layer, choice in enumerate(chosen):
             stage = ' class="stage"' if layer in edges else ""
-            title = escape(f"layer {layer + 1}: {names[choice]}")
+            title = escape(f"layer {data.layer_names[layer]}: {names[choice]}")
             cells.append(choice_cell(kind, choice, names, f'{stage} title="{title}"'))
         described = escape(", ".join(names[choice] for choice in chosen))
         roomy = " roomy" if data.layers <= 12 else ""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spos_fast.errors import InputError
 from spos_fast.latency.settings import LatencySettings, describe_machine, describe_versions
 from spos_fast.latency.table import LatencyTable, Spread, plain_config
 from spos_fast.latency.timing import (
@@ -87,7 +88,13 @@ def _candidates(space: Space, settings: LatencySettings, device: torch.device) -
             genes += map(int, np.unravel_index(number % math.prod(shape), shape))
         network = deployed(space, space.architecture(genes), settings, device)
         x = images_for(space, settings, device)
-        for there, size, part in zip(candidates, sizes, parts_of(network), strict=True):
+        parts = parts_of(network)
+        if len(parts) != len(sizes):
+            raise InputError(
+                f"space: the networks of {space.name!r} are no chain with a block a gene, so that their latency is not "
+                "the sum of one entry a gene; choose another space"
+            )
+        for there, size, part in zip(candidates, sizes, parts, strict=True):
             key = structure(part), tuple(x.shape)
             x = part(x)
             if number < size:

@@ -138,6 +138,8 @@ class ArchitectureTable(ABC):
         """
         numbers = np.asarray(genes)
         names = self.choices if choices is None else choices
+        if len(names) != len(self._sizes):
+            raise InputError(f"choices: got {len(names)} genes; the table's architectures have {len(self._sizes)}")
         if numbers.ndim != 2 or numbers.shape[1] != len(self._sizes) or not np.issubdtype(numbers.dtype, np.integer):
             raise InputError(
                 f"genes: got {numbers.dtype} {list(numbers.shape)}; expected integers [n, {len(self._sizes)}]"

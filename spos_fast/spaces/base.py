@@ -25,8 +25,9 @@ class Cost:
 
     Attributes:
         macs: multiply-accumulates of convolutions and linear layers (the field's "FLOPs").
-        params: weights of convolutions and linear layers. As in the published numbers, the scale and shift of
-            batch normalisation are not counted (they add 0.8 % to the published network).
+        params: as the publications of the space count them. ShuffleNetV2: weights of convolutions and linear layers,
+            without the scale and shift of batch normalisation (which add 0.8 % to the published network).
+            NAS-Bench-201 and NAS-Bench-Macro: all parameters.
         bitops: bit operations: multiply-accumulates times bits of the weights times bits of the activations, over all
             quantized convolutions (arXiv 1904.00420, section 4.3, whose G is 2**30); None in a space without
             quantization.
@@ -148,10 +149,19 @@ class Space(ABC):
         return size
 
     @property
+    def layer_names(self) -> tuple[str, ...]:
+        """For every layer what reports call it: its number from 1 on, unless the space has better names."""
+        return tuple(str(layer + 1) for layer in range(len(self.choices) // len(self.kinds)))
+
+    @property
     def layer_shapes(self) -> list[tuple[int, ...]]:
         """For every layer how many choices each of its genes has."""
         genes, step = [len(names) for names in self.choices], len(self.kinds)
         return [tuple(genes[first : first + step]) for first in range(0, len(genes), step)]
+
+    def isomorphism_key(self, genes: Sequence[int]) -> str:
+        """Equal for genes whose networks are the same; in most spaces no two are."""
+        return "-".join(map(str, genes))
 
     def candidates(self, gene: int) -> tuple[str, ...]:
         """Names of what a gene can be: its choices, then the references of its kind."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from spos_fast.nasbench.nasbench201_cells import OPS
 from spos_fast.spaces import Space
 from spos_fast.spaces.bits import bit_names, named_bits
+from spos_fast.spaces.nasbench201 import NASBench201
+from spos_fast.spaces.nasbench_macro import NASBenchMacro
 from spos_fast.spaces.quant_resnet import PAPER_BITS, REPEATS, QuantResNet
 from spos_fast.spaces.shufflenet_v2 import ShuffleNetV2
 
@@ -16,7 +19,7 @@ class SpaceConfig:
     """Which search space, and its sizes; defaults are the papers'. Every space has fields of its own.
 
     Attributes:
-        name: the search space: shufflenet_v2, quant_resnet18 or quant_resnet34.
+        name: the search space: shufflenet_v2, nasbench201, nasbench_macro, quant_resnet18 or quant_resnet34.
     """
 
     name: str
@@ -127,8 +130,72 @@ class QuantResNetConfig(SpaceConfig):
         )
 
 
+@dataclass(frozen=True)
+class NASBench201Config(SpaceConfig):
+    """Sizes of the NAS-Bench-201 space. Defaults are the benchmark's.
+
+    Attributes:
+        ops: operations that are searched, of none, skip_connect, nor_conv_1x1, nor_conv_3x3, avg_pool_3x3.
+        stem_channels: output channels of the stem, and of the first stage.
+        cells: cells of each of the three stages.
+    """
+
+    name: str = NASBench201.name
+    ops: tuple[str, ...] = OPS
+    stem_channels: int = 16
+    cells: int = 5
+
+    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> NASBench201:
+        """The space for images of one data set.
+
+        Raises:
+            InputError: sizes that give no network.
+        """
+        return NASBench201(
+            self.ops,
+            channels=self.stem_channels,
+            cells=self.cells,
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+        )
+
+
+@dataclass(frozen=True)
+class NASBenchMacroConfig(SpaceConfig):
+    """Sizes of the NAS-Bench-Macro space. Defaults are the benchmark's.
+
+    Attributes:
+        stem_channels: output channels of the stem; those of a stage are twice those of the one before.
+        stage_repeats: choice blocks of every stage.
+        head_channels: channels of the last convolution.
+    """
+
+    name: str = NASBenchMacro.name
+    stem_channels: int = 32
+    stage_repeats: tuple[int, ...] = (2, 3, 3)
+    head_channels: int = 1280
+
+    def make(self, *, input_size: int, in_channels: int, num_classes: int) -> NASBenchMacro:
+        """The space for images of one data set.
+
+        Raises:
+            InputError: sizes that give no network.
+        """
+        return NASBenchMacro(
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            stem_channels=self.stem_channels,
+            stage_repeats=self.stage_repeats,
+            head_channels=self.head_channels,
+        )
+
+
 # By the name that a user gives; the first is the default.
 SPACE_CONFIGS: dict[str, type[SpaceConfig]] = {
     ShuffleNetV2.name: ShuffleNetV2Config,
     **{f"quant_resnet{depth}": QuantResNetConfig for depth in REPEATS},
+    NASBench201.name: NASBench201Config,
+    NASBenchMacro.name: NASBenchMacroConfig,
 }

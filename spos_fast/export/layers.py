@@ -56,9 +56,7 @@ class GraphAct(nn.Module):
             step = _spread(self.step)
             return torch.where(x >= 0, step, -step)
         if self.bits < self.size:
-            x = torch.minimum(x, self.most)
-            if self.signed:
-                x = torch.maximum(x, self.least)
+            x = self._clipped(x)
         inner = torch.int8 if self.signed else torch.uint8
         attributes = {} if self.axis is None else {"axis": self.axis}
         codes = torch.onnx.ops.symbolic(
@@ -70,6 +68,12 @@ class GraphAct(nn.Module):
             version=self.opset,
         )
         return _dequantized(codes, self.step, self.axis, self.opset)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        if self.axis is not None:
+            return torch.maximum(torch.minimum(x, self.most), self.least)
+        bounds = (x, self.least, self.most)
+        return torch.onnx.ops.symbolic("Clip", bounds, dtype=x.dtype, shape=x.shape, version=self.opset)
 
 
 class GraphWeight(nn.Module):

@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import config_from, merged, read_config
+    from spos_fast.config import Config, config_from, merged, read_config
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
@@ -107,8 +107,10 @@ def _run(options: argparse.Namespace) -> None:
         _existing(options.folder)
         export.run(options, _device(options.device))
         return
-    preset = read_config(options.config) if options.config else {}
-    flags = _flags(options)
+    preset, flags = read_config(options.config) if options.config else {}, _flags(options)
+    chosen_space = flags.get("space", {}).get("name")
+    if chosen_space and chosen_space != preset.get("space", {}).get("name", Config().space.name):
+        preset.pop("space", None)  # its sizes are those of another space
     device = _device(options.device)
     if options.command == "latency":
         from spos_fast.latency import commands
@@ -374,6 +376,8 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
                 flags = [f"--{section}.{name}"]
                 if section == "consistency":  # the settings of this command alone
                     flags.insert(0, "--" + name.replace("_", "-"))
+                if (section, name) == ("space", "name"):
+                    flags.append("--space")
                 group.add_argument(
                     *flags,
                     dest=f"{section}.{name}",

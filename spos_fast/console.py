@@ -74,7 +74,8 @@ class Console(Listener):
 
     def retrained(self, label: str, result: dict[str, Any]) -> None:
         """Say how an architecture came out."""
-        self.say(f"{label}: test accuracy {result['test_accuracy']:.2%}, {result['macs'] / 1e6:.2f}M MACs")
+        bits = f", {result['bitops'] / 2**30:.4g} G BitOps" if "bitops" in result else ""
+        self.say(f"{label}: test accuracy {result['test_accuracy']:.2%}, {result['macs'] / 1e6:.2f}M MACs{bits}")
 
     def _advance(self, done: int, total: int, values: str) -> None:
         if self._bar is not None:

@@ -32,6 +32,7 @@ from spos_fast.pareto import ParetoResult, pareto_search, require_optuna
 from spos_fast.recording import Listener, RecordedScores, shared_records
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import Space
+from spos_fast.spaces.base import without_metric
 from spos_fast.supernet import Supernet
 from spos_fast.training import Metrics, TrainConfig, first_batches, load_model, train
 
@@ -114,6 +115,9 @@ def check_settings(stage: str, config: Config, source: DataSource, space: Space)
                 raise InputError("latency_table: a limit or objective of latency needs one, of `spos-fast latency`")
             if config.search.objectives:
                 require_optuna()
+            for name in config.search.objectives:
+                if name != "accuracy" and name not in space.cost_tables:
+                    raise InputError(f"objectives: {without_metric(name)}")
             UniformSampler(space, config.search.constraint)
             if config.search.calibration_images > source.train_size:
                 asked = config.search.calibration_images
@@ -315,8 +319,8 @@ def retrain(job: Job, architectures: dict[str, Architecture]) -> dict[str, dict[
         architectures: what to train, by label; the label is the folder's name.
 
     Returns:
-        For every label ``architecture``, the cost (``macs``, ``params``, and ``latency_ms`` with a latency table),
-        ``test_accuracy``, ``test_loss``, ``test_images``.
+        For every label ``architecture``, the cost (``macs``, ``params``, ``bitops`` in a quantized space, and
+        ``latency_ms`` with a latency table), ``test_accuracy``, ``test_loss``, ``test_images``.
     """
     results = {}
     for label, arch in architectures.items():

@@ -68,6 +68,9 @@ class Supernet(nn.Module):
             of mid channels, a pair of bit-widths, ...): an integer, or a tuple of integers, of one form a layer. Raises
             ``InputError`` if the architecture is not of the space.
         build: builds the plain :class:`Network` of an architecture (``space.build``).
+        entries: for a block and its setting, by name, the entry of those vectors of which the block holds many and the
+            plain network one (steps of several bit-widths); None where there are none. All else of the plain network is
+            the first part of what the block holds.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Supernet(nn.Module):
         *,
         route: Callable[[Architecture], Sequence[Step]],
         build: Callable[[Architecture], nn.Module],
+        entries: Callable[[nn.Module, Setting], dict[str, int]] | None = None,
     ) -> None:
         super().__init__()
         self.first_conv = first_conv
@@ -89,6 +93,7 @@ class Supernet(nn.Module):
         self.classifier = classifier
         self._route = route
         self._build = build
+        self._entries = entries
 
     def path(self, arch: Architecture) -> list[nn.Module]:
         """The modules that the architecture runs, in order, from the stem to the classifier.
@@ -140,13 +145,14 @@ class Supernet(nn.Module):
         reference = next(self.parameters())
         plain = self._build(arch).to(device=reference.device, dtype=reference.dtype)
         state = plain.state_dict()
+        entries = [self._entries(*block) if self._entries else {} for block in self._blocks(arch)]
         for name, value in state.items():
+            source, entry = name, None
             if name.startswith("features."):
                 _, block, rest = name.split(".", 2)
                 source = f"features.{block}.{route[int(block)][0]}.{rest}"
-            else:
-                source = name
-            state[name] = _own_tensor(self, source, value)
+                entry = entries[int(block)].get(rest)
+            state[name] = _own_tensor(self, source, value, entry)
         plain.load_state_dict(state)
         if reference.dim() == 4 and not reference.is_contiguous():
             plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -192,12 +198,13 @@ class Supernet(nn.Module):
         self.load_state_dict(given, strict=False)
 
 
-def _own_tensor(net: nn.Module, name: str, default: Tensor) -> Tensor:
-    """A parameter or buffer of ``net``, cut to the size of ``default``; the supernet's non-affine normalisation has no
-    scale (1) and no shift (0).
+def _own_tensor(net: nn.Module, name: str, default: Tensor, entry: int | None) -> Tensor:
+    """A parameter or buffer of ``net``, cut to the size of ``default``, from an entry on if that is given; the
+    supernet's non-affine normalisation has no scale (1) and no shift (0).
     """
     owner, _, leaf = name.rpartition(".")
     value = getattr(net.get_submodule(owner), leaf)
     if value is None:
         return torch.ones_like(default) if leaf == "weight" else torch.zeros_like(default)
-    return value.detach()[tuple(slice(size) for size in default.shape)].clone()
+    value = value.detach()[entry or 0 :] if value.dim() else value.detach()
+    return value[tuple(slice(size) for size in default.shape)].clone()

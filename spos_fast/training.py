@@ -26,6 +26,7 @@ from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import kept_path, load_checkpoint, save_checkpoint
 from spos_fast.data import DataSource
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.nn.steps import hold_unsampled, step_vectors
 from spos_fast.spaces import Space
 from spos_fast.supernet import Supernet
 
@@ -46,7 +47,7 @@ class TrainConfig:
         lr_end: where it falls to.
         momentum: of SGD.
         nesterov: whether the momentum is Nesterov's.
-        weight_decay: on weights of convolutions and linear layers only.
+        weight_decay: on weights of convolutions and linear layers only, not on steps of quantizers.
         label_smoothing: of the cross-entropy.
         clip_norm: greatest norm of the gradient; 0 leaves it alone.
         amp: ``"off"``, ``"bf16"`` or ``"fp16"`` autocast.
@@ -254,11 +255,14 @@ def _step(
 
 
 def _optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    weights = [p for p in net.parameters() if p.dim() > 1]
-    others = [p for p in net.parameters() if p.dim() <= 1]
+    steps = {vector for _, vector, _ in step_vectors(net)}  # of quantizers; a matrix where every channel has its own
+    weights = [p for p in net.parameters() if p.dim() > 1 and p not in steps]
+    others = [p for p in net.parameters() if p.dim() <= 1 or p in steps]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    hold_unsampled(optimizer, net)
+    return optimizer
 
 
 def _check_same_start(start: int, device: torch.device) -> None:

@@ -4,38 +4,12 @@
 #include <tuple>
 
 #include "csrc/bindings/groups.h"
-#include "csrc/bindings/tensors.h"
+#include "csrc/bindings/images.h"
 #include "kernels/cuda/bn_act_cat.h"
 #include "kernels/cuda/depthwise.h"
 
 namespace spos::bindings {
 namespace {
-
-// A channels-last image, or a slice of the channels of one, as it lies in memory; anything else is copied.
-struct Image {
-    Tensor tensor;
-    int64_t pitch;  // elements from one pixel to the next
-
-    explicit Image(const Tensor& x) : tensor(x) {
-        if (is_columns()) return;
-        tensor = channels_last(x);
-        pitch = x.size(1);
-    }
-
-    int64_t size(int64_t dim) const { return tensor.size(dim); }
-    int64_t pixels() const { return size(0) * size(2) * size(3); }
-    const void* data() const { return tensor.const_data_ptr(); }
-
-  private:
-    // The stride of a dimension of size 1 says nothing and is not looked at.
-    bool is_columns() {
-        const int64_t n = size(0), c = size(1), h = size(2), w = size(3);
-        const auto stride = [this](int64_t dim) { return tensor.stride(dim); };
-        pitch = w > 1 ? stride(3) : h > 1 ? stride(2) : n > 1 ? stride(0) : c;
-        return (c == 1 || stride(1) == 1) && pitch >= c && (h == 1 || stride(2) == w * pitch) &&
-               (n == 1 || stride(0) == h * w * pitch);
-    }
-};
 
 void check_image(const Tensor& x, const char* name, const Tensor& like) {
     STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be [N, C, H, W] and not empty");

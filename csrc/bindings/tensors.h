@@ -30,10 +30,12 @@ using Kernels = std::vector<Kernel>;
 
 // One a family, in its file.
 Kernels batchnorm_kernels();
+Kernels bn_add_relu_kernels();
 Kernels bn_states_kernels();
 Kernels blocks_kernels();
 #ifdef SPOS_FAST_WITH_CUDA
 Kernels blocks_cuda_kernels();
+Kernels quantization_cuda_kernels();
 #endif
 Kernels unit_infer_kernels();
 Kernels units_kernels();
@@ -63,7 +65,19 @@ inline ScalarType statistics_type(DType dtype) {
     return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The tensor itself wherever nothing has to be done: a call of torch's costs tens of microseconds when the kernels have
+// filled the caches.
+inline Tensor packed(const Tensor& x) {
+    return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+inline Tensor packed(const Tensor& x, ScalarType type) {
+    return packed(x.scalar_type() == type ? x : torch::stable::to(x, type));
+}
 inline Tensor channels_last(const Tensor& x) {
+    if (x.dim() == 4) {
+        const int64_t c = x.size(1), row = x.size(3) * c;
+        if (x.stride(1) == 1 && x.stride(3) == c && x.stride(2) == row && x.stride(0) == x.size(2) * row) return x;
+    }
     return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 

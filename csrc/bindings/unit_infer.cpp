@@ -3,13 +3,19 @@
 #include <initializer_list>
 #include <optional>
 
-#include "csrc/bindings/groups.h"
+#include "csrc/bindings/cpu_memory.h"
 
 namespace spos::bindings {
 namespace {
 
 using spos::cpu::InferLayer;
 using MaybeTensor = std::optional<Tensor>;
+
+// Normalisation layers, main branch before projection.
+struct Norms {
+    const std::vector<Tensor>&mean, &var, &gamma, &beta;
+    double epsilon;
+};
 
 // A unit's tensors as the kernel reads them, layer by layer, and alive as long as it does. `unit_` is one group's.
 class Arguments {
@@ -48,32 +54,66 @@ class Arguments {
     }
 
     Tensor run(const MaybeTensor& scale, const Tensor& shift) {
-        const ScalarType statistics = statistics_type(unit_.dtype);
         auto checked = [&](const Tensor& value, const char* name) {
             STD_TORCH_CHECK(is_grouped_vector(value, next_, groups_), name, " must be [", next_, "], or [", groups_,
                             ", ", next_, "] of several groups");
-            return torch::stable::contiguous(torch::stable::to(value, statistics));
+            return packed(value, statistics_type(unit_.dtype));
         };
         const Tensor shifts = checked(shift, "shift");
         const MaybeTensor scales = scale ? MaybeTensor(checked(*scale, "scale")) : std::nullopt;
+        return run([&](int64_t group) { return scales ? part(*scales, group, groups_) : nullptr; },
+                   [&](int64_t group) { return part(shifts, group, groups_); });
+    }
+
+    // With one tensor a layer (gamma and beta: or none at all), of which the channels that are used are read.
+    Tensor run(const Norms& norms) {
+        return unit_.dtype == DType::float64 ? run_folded<double>(norms) : run_folded<float>(norms);
+    }
+
+  private:
+    template <typename Scale, typename Shift>
+    Tensor run(const Scale& scale_of, const Shift& shift_of) {
         // Statistics begin with the main branch's layers, the output with the projection's channels.
         if (unit_.branches.size() == 2) std::swap(unit_.branches[0], unit_.branches[1]);
-        const Tensor out =
-            empty_channels_last(x_, x_.size(0), unit_.out_channels(), unit_.out_height(), unit_.out_width());
+        const Tensor out = kept_image(x_, x_.size(0), unit_.out_channels(), unit_.out_height(), unit_.out_width());
         for_each_group(x_, groups_, [&](int64_t group, const spos::cpu::ParallelFor& pool) {
             spos::cpu::UnitInference run = unit_;
             run.x = part(x_, group, groups_), run.out = part_to_fill(out, group, groups_);
-            run.shift = part(shifts, group, groups_);
-            run.scale = scales ? part(*scales, group, groups_) : nullptr;
+            run.scale = scale_of(group), run.shift = shift_of(group);
             spos::cpu::unit_infer(run, pool);
         });
         return out;
     }
 
-  private:
+    template <typename A>
+    Tensor run_folded(const Norms& norms) {
+        std::vector<InferLayer> layers;
+        for (const auto& branch : unit_.branches) layers.insert(layers.end(), branch.begin(), branch.end());
+        std::vector<A> scale(next_), shift(next_);
+        for (size_t i = 0; i < layers.size(); ++i) {
+            const Tensor mean = values_of(norms.mean, "mean", i, layers), var = values_of(norms.var, "var", i, layers);
+            MaybeTensor gamma, beta;
+            if (!norms.gamma.empty()) gamma = values_of(norms.gamma, "gamma", i, layers);
+            if (!norms.beta.empty()) beta = values_of(norms.beta, "beta", i, layers);
+            auto data = [](const Tensor& values) { return static_cast<const A*>(values.const_data_ptr()); };
+            spos::cpu::fold_norm(data(mean), data(var), gamma ? data(*gamma) : nullptr, beta ? data(*beta) : nullptr,
+                                 static_cast<A>(norms.epsilon), layers[i].channels, scale.data() + layers[i].first,
+                                 shift.data() + layers[i].first);
+        }
+        return run([&](int64_t) { return scale.data(); }, [&](int64_t) { return shift.data(); });
+    }
+
+    Tensor values_of(const std::vector<Tensor>& all, const char* name, size_t layer,
+                     const std::vector<InferLayer>& layers) const {
+        STD_TORCH_CHECK(all.size() == layers.size(), name, " must hold ", layers.size(), " tensors, got ", all.size());
+        STD_TORCH_CHECK(all[layer].dim() == 1 && all[layer].size(0) >= layers[layer].channels, name, "[", layer,
+                        "] must be [", layers[layer].channels, "] or longer");
+        return packed(all[layer], statistics_type(unit_.dtype));
+    }
+
     void add(const Tensor& weight, const char* name, InferLayer layer, int64_t channels) {
         STD_TORCH_CHECK(weight.scalar_type() == x_.scalar_type(), name, " must have the dtype of x");
-        kept_.push_back(torch::stable::contiguous(weight));
+        kept_.push_back(packed(weight));
         layer.weights = kept_.back().const_data_ptr();
         unit_.branches.back().push_back(layer);
         next_ += channels;
@@ -91,36 +131,69 @@ bool splits(const MaybeTensor& proj_dw, const MaybeTensor& proj_pw) {
     return !proj_dw.has_value();
 }
 
+// The branches of both units: main one, then projection.
+void shuffle_branches(Arguments& unit, const Tensor& pw1, const Tensor& dw, const Tensor& pw2,
+                      const MaybeTensor& proj_dw, const MaybeTensor& proj_pw, int64_t mid, int64_t used) {
+    unit.begin_branch();
+    unit.pointwise(pw1, "pw1", unit.branch_channels(), mid, used);
+    unit.depthwise(dw, "dw", mid, used);
+    unit.pointwise(pw2, "pw2", mid, pw2.size(0), pw2.size(0));
+    unit.projection(proj_dw, proj_pw);
+}
+
+void xception_branches(Arguments& unit, const Tensor& dw1, const Tensor& pw1, const Tensor& dw2, const Tensor& pw2,
+                       const Tensor& dw3, const Tensor& pw3, const MaybeTensor& proj_dw, const MaybeTensor& proj_pw,
+                       int64_t mid, int64_t used) {
+    const int64_t in = unit.branch_channels();
+    unit.begin_branch();
+    unit.depthwise(dw1, "dw1", in, in);
+    unit.pointwise(pw1, "pw1", in, mid, used);
+    unit.depthwise(dw2, "dw2", mid, used);
+    unit.pointwise(pw2, "pw2", mid, mid, used);
+    unit.depthwise(dw3, "dw3", mid, used);
+    unit.pointwise(pw3, "pw3", mid, pw3.size(0), pw3.size(0));
+    unit.projection(proj_dw, proj_pw);
+}
+
 Tensor shuffle_unit_infer_cpu(const Tensor& x, const Tensor& pw1, const Tensor& dw, const Tensor& pw2,
                               const MaybeTensor& proj_dw, const MaybeTensor& proj_pw, const MaybeTensor& scale,
                               const Tensor& shift, int64_t mid, const MaybeTensor& width, int64_t stride,
                               int64_t groups) {
-    const int64_t used = used_channels(width, mid);
-    Arguments arguments(x, stride, splits(proj_dw, proj_pw), groups);
-    arguments.begin_branch();
-    arguments.pointwise(pw1, "pw1", arguments.branch_channels(), mid, used);
-    arguments.depthwise(dw, "dw", mid, used);
-    arguments.pointwise(pw2, "pw2", mid, pw2.size(0), pw2.size(0));
-    arguments.projection(proj_dw, proj_pw);
-    return arguments.run(scale, shift);
+    Arguments unit(x, stride, splits(proj_dw, proj_pw), groups);
+    shuffle_branches(unit, pw1, dw, pw2, proj_dw, proj_pw, mid, used_channels(width, mid));
+    return unit.run(scale, shift);
 }
 
 Tensor xception_unit_infer_cpu(const Tensor& x, const Tensor& dw1, const Tensor& pw1, const Tensor& dw2,
                                const Tensor& pw2, const Tensor& dw3, const Tensor& pw3, const MaybeTensor& proj_dw,
                                const MaybeTensor& proj_pw, const MaybeTensor& scale, const Tensor& shift, int64_t mid,
                                const MaybeTensor& width, int64_t stride, int64_t groups) {
-    const int64_t used = used_channels(width, mid);
-    Arguments arguments(x, stride, splits(proj_dw, proj_pw), groups);
-    const int64_t in = arguments.branch_channels();
-    arguments.begin_branch();
-    arguments.depthwise(dw1, "dw1", in, in);
-    arguments.pointwise(pw1, "pw1", in, mid, used);
-    arguments.depthwise(dw2, "dw2", mid, used);
-    arguments.pointwise(pw2, "pw2", mid, mid, used);
-    arguments.depthwise(dw3, "dw3", mid, used);
-    arguments.pointwise(pw3, "pw3", mid, pw3.size(0), pw3.size(0));
-    arguments.projection(proj_dw, proj_pw);
-    return arguments.run(scale, shift);
+    Arguments unit(x, stride, splits(proj_dw, proj_pw), groups);
+    xception_branches(unit, dw1, pw1, dw2, pw2, dw3, pw3, proj_dw, proj_pw, mid, used_channels(width, mid));
+    return unit.run(scale, shift);
+}
+
+Tensor unit_eval_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& mean,
+                     const std::vector<Tensor>& var, const std::vector<Tensor>& gamma, const std::vector<Tensor>& beta,
+                     int64_t mid, int64_t stride, double epsilon) {
+    const size_t count = weights.size();
+    STD_TORCH_CHECK(count == 3 || count == 5 || count == 6 || count == 8,
+                    "weights must hold the 3 of a shuffle unit or the 6 of an Xception unit, and the 2 of a projection "
+                    "if there is one; got ",
+                    count);
+    const bool projects = count % 3 != 0;
+    const MaybeTensor proj_dw = projects ? MaybeTensor(weights[count - 2]) : std::nullopt;
+    const MaybeTensor proj_pw = projects ? MaybeTensor(weights[count - 1]) : std::nullopt;
+    const auto& w = weights;
+    Arguments unit(x, stride, !projects, 1);
+    const int64_t in = unit.branch_channels(), read = w[count < 6 ? 0 : 1].size(1);
+    STD_TORCH_CHECK(read == in && (count < 6 || w[0].size(0) == in) && (!projects || proj_dw->size(0) == in),
+                    "x gives ", in, " channels to a branch whose weights are for ", read);
+    if (count < 6)
+        shuffle_branches(unit, w[0], w[1], w[2], proj_dw, proj_pw, mid, mid);
+    else
+        xception_branches(unit, w[0], w[1], w[2], w[3], w[4], w[5], proj_dw, proj_pw, mid, mid);
+    return unit.run(Norms{mean, var, gamma, beta, epsilon});
 }
 
 }  // namespace
@@ -129,6 +202,7 @@ Kernels unit_infer_kernels() {
     return {
         {"shuffle_unit_infer", "CPU", TORCH_BOX(&shuffle_unit_infer_cpu)},
         {"xception_unit_infer", "CPU", TORCH_BOX(&xception_unit_infer_cpu)},
+        {"unit_eval", "CPU", TORCH_BOX(&unit_eval_cpu)},
     };
 }
 

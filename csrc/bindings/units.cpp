@@ -39,7 +39,7 @@ void check_weight(const Tensor& weight, const Tensor& x, const char* name, int64
 MaybeTensor bn_vector(const MaybeTensor& given, const char* name, int64_t size, ScalarType type) {
     if (!given) return std::nullopt;
     STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size, name, " must be [", size, "]");
-    return torch::stable::contiguous(torch::stable::to(*given, type));
+    return packed(*given, type);
 }
 
 const void* data_of(const MaybeTensor& tensor) {
@@ -83,7 +83,7 @@ UnitArguments unit_arguments(UnitKind kind, const Tensor& x, std::vector<Tensor>
     UnitArguments given{channels_last(x), {}, {}, {}, {}, used_channels(width, mid) < mid};
     std::vector<Weight> data;
     for (const Tensor& weight : weights) {
-        given.weights.push_back(torch::stable::contiguous(weight));
+        given.weights.push_back(packed(weight));
         data.push_back({given.weights.back().const_data_ptr(), weight.size(2)});
     }
     const UnitShape shape{
@@ -137,8 +137,8 @@ std::array<Tensor, kCount> backward(const UnitArguments& given, const Tensor& gr
         STD_TORCH_CHECK(
             values->scalar_type() == statistics && values->dim() == 1 && values->size(0) == unit.normalised(),
             "mean and var must be what the forward pass returned");
-    const Tensor out = channels_last(grad), z = torch::stable::contiguous(saved);
-    const Tensor means = torch::stable::contiguous(mean), vars = torch::stable::contiguous(var);
+    const Tensor out = channels_last(grad), z = packed(saved);
+    const Tensor means = packed(mean), vars = packed(var);
     std::array<Tensor, kCount> made;
     made[0] = kept_image(given.x, unit.samples, unit.channels, unit.height, unit.width);
     std::vector<void*> weights;

@@ -3,6 +3,7 @@
 // in the caches; only the unit's input and output touch main memory.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -43,5 +44,15 @@ struct UnitInference {
 };
 
 void unit_infer(const UnitInference& unit, const ParallelFor& parallel_for);
+
+// A layer's normalisation as what it multiplies by and adds. gamma null: ones, beta null: zeros.
+template <typename A>
+void fold_norm(const A* mean, const A* var, const A* gamma, const A* beta, A epsilon, int64_t channels, A* scale,
+               A* shift) {
+    for (int64_t c = 0; c < channels; ++c) {
+        scale[c] = (gamma ? gamma[c] : A(1)) / std::sqrt(var[c] + epsilon);
+        shift[c] = (beta ? beta[c] : A(0)) - mean[c] * scale[c];
+    }
+}
 
 }  // namespace spos::cpu

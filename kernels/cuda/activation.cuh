@@ -46,11 +46,11 @@ struct Activation {
     __device__ A operator()(A value, int v) const { return clip(scale[v] * value + shift[v], floor); }
 };
 
-// Vectors of V values, activated, from one place to another, which may be the same: those from `begin` on that are
-// `step` apart, `kTile` loads at a time. Pitches: elements from one vector to the next.
-template <int kTile, int V, typename A, typename T>
-__device__ inline void walk(const Activation<V, A>& activate, const T* from, int64_t pitch, T* to, int64_t to_pitch,
-                            int begin, int end, int step) {
+// Vectors of V values, each turned into activate(value, lane), from one place to another, which may be the same: those
+// from `begin` on that are `step` apart, `kTile` loads at a time. Pitches: elements from one vector to the next.
+template <int kTile, int V, typename F, typename T>
+__device__ inline void walk(const F& activate, const T* from, int64_t pitch, T* to, int64_t to_pitch, int begin,
+                            int end, int step) {
     for (int first = begin; first < end; first += step * kTile) {
         Vector<T, V> tile[kTile];
 #pragma unroll

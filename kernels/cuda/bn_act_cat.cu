@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) normalise_and_j
     const int64_t pitch = ahead ? g.other_pitch : g.z_pitch;
     const Activation<V, A> activate(ahead ? g.other_scale : g.scale, ahead ? g.other_shift : g.shift, g.relu,
                                     ahead ? channel : channel - g.front, ahead ? g.front : g.channels);
-    walk<kTile>(activate, from, pitch, out, all, begin + static_cast<int>(threadIdx.y), end, rows);
+    walk<kTile, V>(activate, from, pitch, out, all, begin + static_cast<int>(threadIdx.y), end, rows);
 }
 
 template <typename T>
@@ -133,22 +133,6 @@ const char* refuse(int64_t pixels, int64_t channels) {
     const int64_t most = int64_t{1} << 30;
     if (pixels >= most || channels >= most) return "z is too large for one launch: pixels must be below 2^30";
     return nullptr;
-}
-
-// Calls run(T{}) with the element type.
-template <typename Run>
-const char* with_type(DType dtype, Run run) {
-    switch (dtype) {
-        case DType::float32:
-            return run(float{});
-        case DType::float64:
-            return run(double{});
-        case DType::float16:
-            return run(__half{});
-        case DType::bfloat16:
-            return run(__nv_bfloat16{});
-    }
-    return "unknown dtype";
 }
 
 template <typename T, int V>

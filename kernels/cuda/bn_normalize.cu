@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) normalize_colum
     const int64_t first = static_cast<int64_t>(blockIdx.z) * g.length;
     const Activation<V, Accumulator<T>> activate(g.scale + statistics, g.shift + statistics, g.relu, channel,
                                                  g.channels);
-    walk<kTile>(activate, g.x + first * g.pitch + channel, g.pitch, g.out + first * g.channels + channel, g.channels,
-                begin + static_cast<int>(threadIdx.y), end, static_cast<int>(blockDim.y));
+    walk<kTile, V>(activate, g.x + first * g.pitch + channel, g.pitch, g.out + first * g.channels + channel, g.channels,
+                   begin + static_cast<int>(threadIdx.y), end, static_cast<int>(blockDim.y));
 }
 
 // threadIdx.x counts vectors along a plane, threadIdx.y planes. grid: planes, chunks of a plane.
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) normalize_plane
     const int begin = blockIdx.y * g.per_chunk, end = begin + g.per_chunk < g.length ? begin + g.per_chunk : g.length;
     const Activation<V, Accumulator<T>> activate(g.scale[at], g.shift[at], g.relu);
     const int64_t size = static_cast<int64_t>(g.length) * V;
-    walk<kTile>(activate, g.x + sample * g.pitch + channel * size, V, g.out + plane * size, V,
-                begin + static_cast<int>(threadIdx.x), end, static_cast<int>(blockDim.x));
+    walk<kTile, V>(activate, g.x + sample * g.pitch + channel * size, V, g.out + plane * size, V,
+                   begin + static_cast<int>(threadIdx.x), end, static_cast<int>(blockDim.x));
 }
 
 template <typename T, int V>

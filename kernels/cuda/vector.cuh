@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "csrc/dtype.h"
 #include "kernels/cuda/launch.cuh"
 
 namespace spos::cuda {
@@ -49,6 +50,22 @@ struct alignas(sizeof(T) * V) Vector {
 template <typename T, int V, typename... Strides>
 bool can_load(const void* x, Strides... strides) {
     return reinterpret_cast<uintptr_t>(x) % (sizeof(T) * V) == 0 && ((strides % V == 0) && ...);
+}
+
+// Calls run(T{}) with the element type.
+template <typename Run>
+const char* with_type(DType dtype, Run run) {
+    switch (dtype) {
+        case DType::float32:
+            return run(float{});
+        case DType::float64:
+            return run(double{});
+        case DType::float16:
+            return run(__half{});
+        case DType::bfloat16:
+            return run(__nv_bfloat16{});
+    }
+    return "unknown dtype";
 }
 
 }  // namespace spos::cuda

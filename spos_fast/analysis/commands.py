@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from spos_fast.analysis.run_data import RunData
-from spos_fast.config import SECTIONS, DataConfig, documented_fields, plain
+from spos_fast.config import SECTIONS, Config, DataConfig, documented_fields, plain
 
 
 def stage_command(data: RunData, stage: str) -> str:
@@ -44,6 +44,8 @@ def _flags(data: RunData, section: str) -> list[str]:
     values, words = plain(data.config)[section], []
     for name, _, default, _ in documented_fields(type(getattr(data.config, section))):
         value = values[name]
+        if (section, name) == ("space", "name"):
+            default = Config().space.name  # the program's, not that of the settings that the name stands for
         kept = data.path / "search" / "latency.json"
         if name == "latency_table" and value and kept.exists():
             value = str(kept)  # what the search went by; the file that was given may have changed

@@ -69,6 +69,12 @@ def short_number(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def bit_operations(value: float) -> str:
+    """Bit operations in the papers' unit, 2**30, or in 2**20 where they are few: ``14.21 G``."""
+    unit, scale = ("G", 2**30) if value >= 0.995 * 2**30 else ("M", 2**20)
+    return f"{value / scale:.2f}\N{NO-BREAK SPACE}{unit}"
+
+
 def milliseconds(value: float) -> str:
     """A time with three digits: ``1.25 ms``."""
     digits = 3 if value < 0.9995 else 2 if value < 9.995 else 1 if value < 99.95 else 0

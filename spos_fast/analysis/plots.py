@@ -11,8 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from spos_fast.analysis.drawing import SMALL, dots, milliseconds, new_figure, percent_ticks, short_number
-from spos_fast.analysis.keys import row_style
+from spos_fast.analysis.drawing import (
+    SMALL,
+    bit_operations,
+    dots,
+    milliseconds,
+    new_figure,
+    percent_ticks,
+    short_number,
+)
+from spos_fast.analysis.keys import SHADED, choice_shade, row_style, text_on
 from spos_fast.analysis.page import DASHES, WIDTHS
 from spos_fast.analysis.run_data import RunData, Scored
 from spos_fast.analysis.summary import (
@@ -26,6 +34,13 @@ from spos_fast.analysis.summary import (
 )
 from spos_fast.analysis.svg import COLOURS, DARK_ON, choice_colour, inline_svg
 from spos_fast.training import Metrics
+
+# For every cost: its name, the words on an axis, and how a value is written.
+COSTS = {
+    "macs": ("MACs", "MACs of one image", short_number),
+    "bitops": ("BitOps", "bit operations of one image", bit_operations),
+    "latency_ms": ("predicted latency", "predicted latency", milliseconds),
+}
 
 
 def search_curve(data: RunData) -> str:
@@ -63,11 +78,11 @@ def accuracy_against_cost(data: RunData, metric: str) -> str:
 
     Args:
         data: the run.
-        metric: ``"macs"``, or ``"latency_ms"`` if every candidate has one.
+        metric: one of :data:`COSTS`, which every candidate must have.
     """
     figure, axes = new_figure()
     everything = data.scored
-    write = milliseconds if metric == "latency_ms" else short_number
+    name, words, write = COSTS[metric]
 
     def costs(candidates: Iterable[Scored]) -> list[float]:
         return [getattr(candidate, metric) for candidate in candidates]
@@ -98,10 +113,9 @@ def accuracy_against_cost(data: RunData, metric: str) -> str:
     axes.set_xlim(min(ends) - margin, max(ends) + margin)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    axes.set_xlabel("predicted latency" if metric == "latency_ms" else "MACs of one image")
+    axes.set_xlabel(words)
     axes.set_ylabel("validation accuracy")
     best = ranked(everything)[0]
-    name = "predicted latency" if metric == "latency_ms" else "MACs"
     return inline_svg(
         figure, metric,
         f"Validation accuracy against {name} of {len(everything):,} candidates; the best has {_percent(best.accuracy)} "
@@ -110,17 +124,18 @@ def accuracy_against_cost(data: RunData, metric: str) -> str:
 
 
 def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
-    """Share of every block or width at every layer among the best of evolution, and below it the compared
-    architectures.
+    """Share of every block, width or pair of bit-widths at every layer among the best of evolution, and below it the
+    compared architectures.
     """
     layers, names = data.layers, data.names(kind)
+    searched = names[: data.searched[kind]]
     tags = choice_tags(names)
     top = ranked(data.evolution)[: data.config.search.top_k]
-    shares = choice_shares([data.of_kind(kind, candidate.genes) for candidate in top], layers, len(names))
+    shares = choice_shares([data.of_kind(kind, candidate.genes) for candidate in top], layers, len(searched))
     shown = [row for row in rows if row.genes is not None]
     left, cell, height = 150, min(104, max(34, 890 // layers)), 25
     gap = 1.3 if top else 0.0
-    heat_rows = len(names) if top else 0
+    heat_rows = len(searched) if top else 0
     total = heat_rows + gap + len(shown)
     width, tall = left + cell * layers + 12, height * total + 40
     figure = Figure(figsize=(width / 72, tall / 72), dpi=72)
@@ -131,11 +146,11 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if top:
-        for choice, name in enumerate(names):
+        for choice, name in enumerate(searched):
             _row_label(axes, choice, name)
             for layer in range(layers):
                 share = shares[choice, layer]
-                colour = "width" if kind == "width" else choice_colour(choice)
+                colour = kind if kind in SHADED else choice_colour(choice)
                 full = share >= (0.45 if colour in DARK_ON else 0.75)
                 text_colour = f"on-{colour}" if full else "ink"
                 _cell(axes, layer, choice, colour, share, f"{share:.0%}" if share else "", text_colour)
@@ -144,15 +159,13 @@ def choice_map(data: RunData, rows: Sequence[Row], kind: str) -> str:
         y = heat_rows + gap + index
         _row_label(axes, y, row.title)
         for layer, choice in enumerate(data.of_kind(kind, row.genes or ())):
-            if kind == "width":
-                shade = (choice + 1) / len(names)
-                _cell(axes, layer, y, "width", shade, tags[choice], "on-width" if shade >= 0.75 else "ink")
+            if kind in SHADED:
+                shade = choice_shade(kind, choice, names)
+                _cell(axes, layer, y, kind, shade, tags[choice], text_on(kind, shade))
             else:
                 _cell(axes, layer, y, choice_colour(choice), 1.0, tags[choice], f"on-{choice_colour(choice)}")
-    repeats = getattr(data.config.space, "stage_repeats", ())
-    if sum(repeats) == layers:
-        for edge in np.cumsum(repeats)[:-1]:
-            axes.axvline(edge, color=COLOURS["ink"], lw=1.2)
+    for edge in np.cumsum(data.stages)[:-1]:
+        axes.axvline(edge, color=COLOURS["ink"], lw=1.2)
     often = ", ".join(names[int(np.argmax(shares[:, layer]))] for layer in range(layers)) if top else "none"
     return inline_svg(
         figure, f"{kind}s",

@@ -12,11 +12,12 @@ import torch
 
 import spos_fast
 from spos_fast.analysis.commands import again_commands, stage_command
-from spos_fast.analysis.drawing import milliseconds, short_number
+from spos_fast.analysis.drawing import bit_operations, milliseconds, short_number
 from spos_fast.analysis.keys import COST_KEY, PARETO_KEY, SEARCH_KEY, row_style
 from spos_fast.analysis.page import card, document, figure_key
 from spos_fast.analysis.page import tiles as page_tiles
 from spos_fast.analysis.plots import (
+    COSTS,
     accuracy_against_cost,
     choice_map,
     retraining_curves,
@@ -87,8 +88,13 @@ def _headline(data: RunData, rows: Sequence[Row]) -> str:
     text = (
         f"Evolution scored {len(data.evolution):,} architectures{so_far}. Its best reaches "
         f"<b>{percent(best.accuracy, best.images)}</b> validation accuracy with the supernet's weights at "
-        f"<b>{short_number(best.macs)}</b> MACs"
     )
+    cost = (
+        f"<b>{short_number(best.macs)}</b> MACs"
+        if best.bitops is None
+        else f"<b>{bit_operations(best.bitops)}</b> BitOps"
+    )
+    text += cost
     if evolution.result is None:
         return text + "; it has not been retrained yet."
     how = "from scratch" if data.config.retrain.init == "scratch" else "from the supernet's weights"
@@ -124,6 +130,10 @@ def _tiles(data: RunData, rows: Sequence[Row]) -> str:
         scale = f"scored ones: {short_number(min(everything))} to {short_number(max(everything))}"
         tiles.append(("MACs", short_number(evolution.macs), scale))
         tiles.append(("Params", short_number(evolution.params), "convolutions and classifier"))
+    if evolution and evolution.bitops is not None:
+        counts = [c.bitops for c in data.scored if c.bitops is not None] or [evolution.bitops]
+        scale = f"scored ones: {bit_operations(min(counts))} to {bit_operations(max(counts))}"
+        tiles.append(("BitOps", bit_operations(evolution.bitops), scale))
     if evolution and evolution.latency_ms is not None:
         tiles.append(("Latency", milliseconds(evolution.latency_ms), "predicted by the latency table"))
     if data.scored:
@@ -148,14 +158,20 @@ def _comparison(data: RunData, rows: Sequence[Row]) -> str:
 <p class="note">Validation accuracy is measured with weights inherited from the supernet{on_images}; the best of a
 search is a maximum over many candidates and so flatters its architecture. A dash means that the search did not meet the
 architecture. The interval is Wilson's 95% score interval for the test images; it does not cover another seed of
-training. MACs and params count convolutions and the classifier.{_measured_on(data)}</p>"""
+training. MACs and params count convolutions and the classifier.{_further_costs(data, rows)}</p>"""
 
 
-def _measured_on(data: RunData) -> str:
-    """What a predicted latency is, if there are any."""
+def _further_costs(data: RunData, rows: Sequence[Row]) -> str:
+    """What bit operations and a predicted latency are, if there are any."""
+    text = ""
+    if any(row.bitops is not None for row in rows):
+        text = (
+            " BitOps are MACs times bits of the weights times bits of the activations, over quantized convolutions; "
+            "G is 2<sup>30</sup>, M is 2<sup>20</sup>."
+        )
     if not data.config.search.latency_table:
-        return ""
-    return " Latency is the sum of the medians of the run's latency table, <code>search/latency.json</code>."
+        return text
+    return f"{text} Latency is the sum of the medians of the run's latency table, <code>search/latency.json</code>."
 
 
 def _search(data: RunData, rows: Sequence[Row]) -> str:
@@ -202,10 +218,11 @@ def _search(data: RunData, rows: Sequence[Row]) -> str:
 def _against_cost(data: RunData, hidden: str) -> Iterator[str]:
     key = (*COST_KEY, PARETO_KEY) if data.pareto else COST_KEY
     front = "Dots: candidates. The Pareto front joins those that none beats in both accuracy and"
-    yield card("Accuracy against cost", accuracy_against_cost(data, "macs"), f"{front} MACs.{hidden}", figure_key(key))
-    if all(candidate.latency_ms is not None for candidate in data.scored):
-        drawing = accuracy_against_cost(data, "latency_ms")
-        yield card("Accuracy against latency", drawing, f"{front} predicted latency.{hidden}", figure_key(key))
+    titles = {"macs": "cost", "bitops": "bit operations", "latency_ms": "latency"}
+    for metric, (name, _, _) in COSTS.items():
+        if all(getattr(candidate, metric) is not None for candidate in data.scored):
+            drawing = accuracy_against_cost(data, metric)
+            yield card(f"Accuracy against {titles[metric]}", drawing, f"{front} {name}.{hidden}", figure_key(key))
 
 
 def _supernet(data: RunData) -> str:

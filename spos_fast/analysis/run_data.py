@@ -38,6 +38,7 @@ class Scored:
         macs, params: cost.
         generation: number of the population; counted from the settings while the search has not finished.
         origin: random, crossover, mutation or child; empty while the search has not finished.
+        bitops: bit operations, of a quantized space.
         latency_ms: predicted latency, of a search with a latency table.
         failed: whether it gave NaN or infinity.
         stopped: whether early stopping dropped it; its accuracy is then that of the images seen until then.
@@ -51,6 +52,7 @@ class Scored:
     params: int
     generation: int
     origin: str = ""
+    bitops: int | None = None
     latency_ms: float | None = None
     failed: bool = False
     stopped: bool = False
@@ -66,6 +68,7 @@ class Tested:
     accuracy: float
     loss: float
     images: int
+    bitops: int | None = None
     latency_ms: float | None = None
 
 
@@ -92,9 +95,11 @@ class RunData:
         path: the folder.
         config: its settings, defaults for stages that have not begun.
         sections: names of the settings that the folder stores.
-        choices: for every gene the names of its candidates.
+        choices: for every gene the names of its candidates; those of uniform networks beside the search come last.
         layer_names: for every layer what to call it.
-        kinds: what the genes of a layer decide: block, width, or both.
+        kinds: what the genes of a layer decide: block, width, bits, op.
+        searched: for every kind how many of its names are searched.
+        stages: layers of every stage; empty where the space has none.
         baselines: genes of the uniform networks of the comparison, by label.
         supernet: rows of the supernet's training.
         evolution, random_search, pareto: candidates in the order in which they were scored.
@@ -111,6 +116,8 @@ class RunData:
     choices: tuple[tuple[str, ...], ...]
     layer_names: tuple[str, ...]
     kinds: tuple[str, ...]
+    searched: dict[str, int]
+    stages: tuple[int, ...]
     baselines: dict[str, tuple[int, ...]]
     supernet: tuple[Metrics, ...]
     evolution: tuple[Scored, ...]
@@ -162,15 +169,18 @@ def read_run(path: Path) -> RunData:
     # The names of the choices depend on neither images nor classes, so the data set is not loaded for them.
     space = config.space.make(input_size=config.data.input_size, in_channels=1, num_classes=2)
     baselines = {label: arch.genes for label, arch in space.baselines().items()}
-    reader = _Reader(path, space.choices, tuple(baselines))
+    choices = tuple(space.candidates(gene) for gene in range(len(space.choices)))
+    reader = _Reader(path, choices, tuple(baselines))
     phases = {name: reader.phase(name, config.search.population) for name in ("evolution", "random_search", "pareto")}
     return RunData(
         path=path,
         config=config,
         sections=tuple(name for name in SECTIONS if name in stored),
-        choices=space.choices,
+        choices=choices,
         layer_names=space.layer_names,
         kinds=space.kinds,
+        searched=dict(zip(space.kinds, map(len, space.choices), strict=False)),
+        stages=tuple(space.config().get("stage_repeats", ())),
         baselines=baselines,
         supernet=reader.metrics("supernet", config.train.steps),
         evolution=phases["evolution"],
@@ -244,6 +254,7 @@ class _Reader:
             params=int(row["params"]),
             generation=int(generation),
             origin=str(row.get("origin", "")),
+            bitops=_bitops(row),
             latency_ms=_latency(row),
             failed=bool(row.get("failed", False)),
             stopped=bool(row.get("stopped", False)),
@@ -257,6 +268,7 @@ class _Reader:
             accuracy=float(row["test_accuracy"]),
             loss=float(row["test_loss"]),
             images=int(row["test_images"]),
+            bitops=_bitops(row),
             latency_ms=_latency(row),
         )
 
@@ -307,6 +319,11 @@ class _Reader:
         if len(rows) < len(lines):
             self.problems.append(f"{name}: {len(lines) - len(rows)} of {len(lines)} lines are not JSON objects")
         return rows
+
+
+def _bitops(row: dict[str, Any]) -> int | None:
+    value = row.get("bitops")
+    return None if value is None else int(value)
 
 
 def _latency(row: dict[str, Any]) -> float | None:

@@ -48,6 +48,11 @@ class Row:
         return self.result.params if self.result else self.scored.params if self.scored else None
 
     @property
+    def bitops(self) -> int | None:
+        """Bit operations, if known."""
+        return self.result.bitops if self.result else self.scored.bitops if self.scored else None
+
+    @property
     def latency_ms(self) -> float | None:
         """Predicted latency, if known."""
         return self.result.latency_ms if self.result else self.scored.latency_ms if self.scored else None
@@ -119,11 +124,15 @@ def accuracy_floor(accuracies: Iterable[float]) -> float:
 
 
 def choice_tags(names: Sequence[str]) -> list[str]:
-    """Few characters for every choice: the number that its name ends with or, for a ratio such as 0.6x, is; else its
-    first letter; the index where these are not all different.
+    """Few characters for every choice: the two digits of bits such as 3W4A; the number that its name ends with or, for
+    a ratio such as 0.6x, is; else its first letter; the index where these are not all different.
     """
     tags = []
     for name in names:
+        bits = re.fullmatch(r"(\d)W(\d)A", name)
+        if bits:
+            tags.append(bits[1] + bits[2])
+            continue
         number = re.search(r"^[\d.]+(?=x$)|\d{1,2}$", name)
         tags.append(number[0] if number else name[:1])
     return tags if len(set(tags)) == len(tags) else [str(index) for index in range(len(names))]

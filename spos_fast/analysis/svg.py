@@ -24,6 +24,8 @@ COLOURS = {
     "pareto": "#b3541e",
     "width": "#7a4fa3",
     "on-width": "#fdfdfd",
+    "bits": "#24619c",
+    "on-bits": "#fcfdfd",
     **{f"choice-{index}": f"#c0010{index}" for index in range(8)},
     **{f"on-choice-{index}": f"#c0020{index}" for index in range(8)},
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from spos_fast.analysis.drawing import milliseconds, short_number
+from spos_fast.analysis.drawing import bit_operations, milliseconds, short_number
 from spos_fast.analysis.keys import choice_cell, choice_key
 from spos_fast.analysis.run_data import RunData, Scored, Tested
 from spos_fast.analysis.summary import Row, wilson_interval
@@ -35,7 +36,7 @@ def comparison_table(rows: Sequence[Row], data: RunData) -> str:
     bounds = [end for end in bounds if not math.isnan(end)]
     low, high = (min(bounds), max(bounds)) if bounds else (0.0, 1.0)
     lines = []
-    timed = any(row.latency_ms is not None for row in rows)
+    counted, timed = (any(getattr(row, name) is not None for row in rows) for name in ("bitops", "latency_ms"))
     for row in rows:
         best = ' class="best"' if row.label == "evolution" else ""
         note = f"<small>{escape(row.note)}</small>" if row.note else ""
@@ -45,16 +46,18 @@ def comparison_table(rows: Sequence[Row], data: RunData) -> str:
             *_tested(row, low, high),
             f'<td class="number">{_count(row.macs)}</td>',
             f'<td class="number">{_count(row.params)}</td>',
+            *([f'<td class="number">{_bitops(row.bitops)}</td>'] if counted else []),
             *([f'<td class="number">{_latency(row.latency_ms)}</td>'] if timed else []),
             f"<td>{strip(row.genes, data) if row.genes else '–'}</td>",
         ]
         lines.append(f'<tr{best} data-label="{escape(row.label)}">{"".join(cells)}</tr>')
-    latency = '<th scope="col" class="number">Latency,<br>predicted</th>' if timed else ""
+    further = '<th scope="col" class="number">BitOps</th>' if counted else ""
+    further += '<th scope="col" class="number">Latency,<br>predicted</th>' if timed else ""
     return f"""<div class="card"><div class="wide"><table>
 <thead><tr><th scope="col">Architecture</th>
 <th scope="col" class="number">Validation accuracy,<br>supernet's weights</th>
 <th scope="col" class="number">Test accuracy,<br>retrained</th><th scope="col">95% interval</th>
-<th scope="col" class="number">MACs</th><th scope="col" class="number">Params</th>{latency}
+<th scope="col" class="number">MACs</th><th scope="col" class="number">Params</th>{further}
 <th scope="col">{escape(" and ".join(data.kinds).capitalize())} of every layer, first to last</th></tr></thead>
 <tbody>
 {chr(10).join(lines)}
@@ -63,14 +66,18 @@ def comparison_table(rows: Sequence[Row], data: RunData) -> str:
 
 def front_table(data: RunData) -> str:
     """The networks of the Pareto search's front, cheapest first, by the labels that retraining knows them by."""
-    timed = any(member.latency_ms is not None for member in data.front)
+    counted, timed = (
+        any(getattr(member, name) is not None for member in data.front) for name in ("bitops", "latency_ms")
+    )
     lines = []
     for number, member in enumerate(data.front):
         cells = [f'<th scope="row">pareto_{number}</th>', _scored(member), _count(member.macs), _count(member.params)]
+        cells += [_bitops(member.bitops)] if counted else []
         cells += [_latency(member.latency_ms)] if timed else []
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells[1:])
         lines.append(f"<tr>{cells[0]}{numbers}<td>{strip(member.genes, data)}</td></tr>")
-    names = ["Validation accuracy", "MACs", "Params", *(["Latency, predicted"] if timed else [])]
+    names = ["Validation accuracy", "MACs", "Params"]
+    names += ["BitOps"] * counted + ["Latency, predicted"] * timed
     head = "".join(f'<th scope="col" class="number">{name}</th>' for name in names)
     layers = f"{escape(' and '.join(data.kinds).capitalize())} of every layer"
     return f"""<div class="card"><div class="wide"><table>
@@ -81,12 +88,8 @@ def front_table(data: RunData) -> str:
 
 
 def strip(genes: Sequence[int], data: RunData) -> str:
-    """An architecture as strips of cells, one a layer: its blocks, and below them its widths."""
-    edges, edge = set(), 0
-    repeats = getattr(data.config.space, "stage_repeats", ())
-    for count in repeats if sum(repeats) == data.layers else ():
-        edge += count
-        edges.add(edge)
+    """An architecture as strips of cells, one a layer: its blocks, and below them its widths and bits."""
+    edges = set(itertools.accumulate(data.stages))
     strips = []
     for kind in data.kinds:
         names, cells = data.names(kind), []
@@ -171,6 +174,10 @@ def _state(row: Row) -> str:
 
 def _count(value: int | None) -> str:
     return "–" if value is None else f'<data value="{value}" title="{value:,}">{short_number(value)}</data>'
+
+
+def _bitops(value: int | None) -> str:
+    return "–" if value is None else f'<data value="{value}" title="{value:,}">{bit_operations(value)}</data>'
 
 
 def _latency(value: float | None) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from spos_fast.errors import InputError
-from spos_fast.nn.plain_quant import MIN_STEP
-from spos_fast.nn.quant import QuantAct, QuantConv2d
+from spos_fast.nn import QuantAct, QuantConv2d
+from spos_fast.ops.quantizers import MIN_STEP
 
 
 @dataclass(frozen=True)

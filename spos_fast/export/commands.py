@@ -66,8 +66,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="onnx",
-        help="onnx (default): quantized layers as QuantizeLinear and DequantizeLinear; packed: a checkpoint whose weights "
-        "take as many bits as they have",
+        help="onnx (default): quantized layers as QuantizeLinear and DequantizeLinear; packed: a checkpoint whose "
+        "weights take as many bits as they have",
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it goes")
     command.add_argument(

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from spos_fast.errors import InputError
 from spos_fast.export.codes import act_grid, weight_codes
-from spos_fast.nn.quant import QuantAct, QuantBasicBlock, QuantConv2d
+from spos_fast.nn import QuantAct, QuantConv2d
 
 # Of the ONNX integer types, by bits: the number that the format has for the unsigned and for the signed one
 # (onnx.TensorProto.DataType).
@@ -114,9 +114,12 @@ class GraphWeight(nn.Module):
 class GraphConv2d(nn.Module):
     """A :class:`QuantConv2d` as a float convolution of a :class:`GraphAct` and a :class:`GraphWeight`."""
 
+    # Blocks that fold their layers into one another look at this, and call the layers instead.
+    on_codes = False
+
     def __init__(self, layer: QuantConv2d, opset: int, name: str) -> None:
         super().__init__()
-        self.name, self.channels = name, (layer.in_channels, layer.out_channels)
+        self.name, self.in_channels, self.out_channels = name, layer.in_channels, layer.out_channels
         self.weights = nn.ModuleList(GraphWeight(layer, index, opset, name) for index in range(len(layer.weight_bits)))
         self.acts = nn.ModuleList(GraphAct(layer.act, index, opset, name) for index in range(len(layer.act.bits)))
         self.bias = layer.bias
@@ -141,7 +144,7 @@ class GraphConv2d(nn.Module):
         """As :meth:`QuantConv2d.forward`, with indices that are known and all channels."""
         if isinstance(weight_index, Tensor) or isinstance(act_index, Tensor):
             raise InputError(f"{self.name}: an index of bit-widths must be an int in a graph, not a tensor")
-        if in_channels not in (None, self.channels[0]) or out_channels not in (None, self.channels[1]):
+        if in_channels not in (None, self.in_channels) or out_channels not in (None, self.out_channels):
             raise InputError(f"{self.name}: runs as a slice of its channels; extract a plain network first")
         x, padding = self.acts[act_index](x), self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -166,20 +169,6 @@ class GraphQuantAct(nn.Module):
         return self.acts[index](x)
 
 
-class GraphBasicBlock(nn.Module):
-    """A :class:`QuantBasicBlock` layer by layer, all of its mid channels, the first bit-widths."""
-
-    def __init__(self, block: QuantBasicBlock) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
-        self.downsample = block.downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As :meth:`QuantBasicBlock.forward`."""
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
 def graph_module(module: nn.Module, opset: int, name: str = "", made: dict[int, nn.Module] | None = None) -> nn.Module:
     """The module with its quantized layers as they go into a graph; modules that have some are changed in place.
 
@@ -199,7 +188,7 @@ def graph_module(module: nn.Module, opset: int, name: str = "", made: dict[int, 
             for child, value in module._modules.items():
                 if value is not None:
                     module._modules[child] = graph_module(value, opset, f"{name}.{child}".lstrip("."), made)
-            made[id(module)] = GraphBasicBlock(module) if isinstance(module, QuantBasicBlock) else module
+            made[id(module)] = module
     return made[id(module)]
 
 

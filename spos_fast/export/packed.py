@@ -28,8 +28,8 @@ from spos_fast.architecture import Architecture
 from spos_fast.checkpoint import load_checkpoint, save_checkpoint
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.export.codes import WeightCodes, weight_codes, weight_from_codes
-from spos_fast.nn.plain_quant import MIN_STEP
-from spos_fast.nn.quant import QuantConv2d
+from spos_fast.nn import QuantConv2d
+from spos_fast.ops.quantizers import MIN_STEP
 from spos_fast.spaces import Space
 
 _KIND = "packed_network"

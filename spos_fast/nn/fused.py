@@ -8,6 +8,7 @@ as tensors.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from spos_fast import ops
-from spos_fast.nn.observation import report
+from spos_fast.nn.observation import observed, report
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
@@ -91,7 +92,7 @@ def run(
     if all(on_batch) and has_kernel(plan.op, x):
         return _train(block, x)
     if not any(on_batch) and not _wants_gradients(x, block) and has_kernel(f"{plan.op}_infer", x):
-        return infer(block, x, *_folded(block))
+        return _evaluate(block, x)
     return None
 
 
@@ -102,23 +103,31 @@ def match(
 
     Args: see :func:`run`. Whether the op takes the images (:func:`takes`) and has a kernel for them is not looked at.
     """
-    if any(type(each) is not nn.Sequential for each in (branch, projection) if each is not None):
-        return None
-    layers = [*branch._modules.values()]
-    if projection is not None:
-        layers += projection._modules.values()
+    branches = (branch,) if projection is None else (branch, projection)
+    layers: list[nn.Module] = []
+    for each in branches:
+        if type(each) is not nn.Sequential or changed(each):
+            return None
+        layers += each.__dict__["_modules"].values()
     if tuple(map(type, layers)) != plan.layers + (() if projection is None else _PROJECTION):
         return None
-    if any(map(changed, (branch, *layers))) or (projection is not None and changed(projection)):
-        return None
-    convolutions = [layer for layer in layers if type(layer) is _CONV]
-    weights = [layer.weight for layer in convolutions]
-    if not all(map(usual, convolutions, weights, plan.strides(stride, projection))):
-        return None
-    norms = [layer for layer in layers if type(layer) is _NORM]
+    norms: list[nn.BatchNorm2d] = []
+    weights: list[Tensor] = []
+    strides = plan.strides(stride, projection)
+    for layer in layers:
+        if changed(layer):
+            return None
+        if isinstance(layer, _NORM):
+            norms.append(layer)
+        elif isinstance(layer, _CONV):
+            weight = layer.__dict__["_parameters"]["weight"]
+            if not usual(layer, weight, next(strides)):
+                return None
+            weights.append(weight)
     eps, affine = norms[0].eps, norms[0].affine
-    if any(norm.eps != eps or norm.affine != affine for norm in norms):
-        return None
+    for norm in norms:
+        if norm.eps != eps or norm.affine != affine:
+            return None
     return Block(plan, norms, weights, stride, mid)
 
 
@@ -151,6 +160,17 @@ class Block(NamedTuple):
     weights: list[Tensor]
     stride: int
     mid: int | None
+
+    @property
+    def used(self) -> int:
+        """How many mid channels are used."""
+        return self.weights[len(self.plan.sliced) - 1].shape[1] if self.mid is None else self.mid
+
+    @property
+    def arguments(self) -> list[Tensor | None]:
+        """The weights as both ops take them: None for a projection that is not there."""
+        projected = len(self.weights) > len(self.plan.sliced)
+        return [*self.weights] if projected else [*self.weights, None, None]
 
     @property
     def main(self) -> list[Tensor]:
@@ -187,39 +207,85 @@ def calibrate(block: Block, x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor,
         normalised], or [normalised] for one group, one layer behind the other; for every layer how many values a
         channel has.
     """
-    widths, norms = block.widths(), block.norms
-    gamma = _joined([norm.weight for norm in norms], widths) if norms[0].affine else None
-    beta = _joined([norm.bias for norm in norms], widths) if norms[0].affine else None
-    keywords = block.keywords() | dict(eps=norms[0].eps, groups=groups)
-    made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, **keywords)
-    counts = [made.out.shape[0] // groups * made.out.shape[2] * made.out.shape[3]] * len(norms)
+    norms, stride = block.norms, block.stride
+    samples, _, height, width = x.shape
+    samples //= groups
+    counts = [samples * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)] * len(norms)
     for position in range(block.plan.depthwise.index(True)):  # layers in front of the stride
-        counts[position] = x.shape[0] // groups * x.shape[2] * x.shape[3]
-    return made.out, made.mean, made.var, counts
+        counts[position] = samples * height * width
+    gamma = beta = None
+    if norms[0].affine:
+        widths = block.widths()
+        gamma, beta = (_joined([getattr(norm, name) for norm in norms], widths) for name in ("weight", "bias"))
+    if torch.is_grad_enabled() or counts[-1] < 2:  # too few are refused
+        keywords = block.keywords() | dict(eps=norms[0].eps, groups=groups)
+        made = getattr(ops, block.plan.op)(x, *block.main, gamma, beta, **keywords)
+        return made.out, made.mean, made.var, counts
+    late = block.used, None, stride, norms[0].eps, False, groups
+    out, _, mean, var = below_autograd(block.plan.op, x, *block.arguments, gamma, beta, *late)
+    return out, mean, var, counts
 
 
 def infer(block: Block, x: Tensor, scale: Tensor, shift: Tensor, groups: int = 1) -> Tensor:
     """The block with a scale and a shift in place of its normalisation layers; shapes as :func:`calibrate` gives."""
-    made = getattr(ops, f"{block.plan.op}_infer")(x, *block.main, scale, shift, groups=groups, **block.keywords())
-    return cast(Tensor, made)
+    late = block.used, None, block.stride, groups
+    return cast(Tensor, below_autograd(f"{block.plan.op}_infer", x, *block.arguments, scale, shift, *late))
 
 
-def _folded(block: Block) -> tuple[Tensor, Tensor]:
-    """The running statistics as a scale and a shift."""
-    norms, widths = block.norms, None if block.mid is None else block.widths()
-    scale = _joined([norm.running_var for norm in norms], widths).add_(norms[0].eps).rsqrt_()
+def below_autograd(op: str, *arguments: Any) -> Any:
+    """Call an op where no gradient is wanted. What the public functions would check, :func:`match` has seen."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return OPS[op].overload(*arguments)
+
+
+def _evaluate(block: Block, x: Tensor) -> Tensor:
+    """The block on running statistics."""
+    norms = block.norms
+    mean, var = ([norm.__dict__["_buffers"][name] for norm in norms] for name in ("running_mean", "running_var"))
+    gamma: list[Tensor] = []
+    beta: list[Tensor] = []
     if norms[0].affine:
-        scale.mul_(_joined([norm.weight for norm in norms], widths))
-    shift = _joined([norm.running_mean for norm in norms], widths).mul_(scale).neg_()
-    if norms[0].affine:
-        shift.add_(_joined([norm.bias for norm in norms], widths))
-    return scale, shift
+        gamma, beta = ([norm.__dict__["_parameters"][name] for norm in norms] for name in ("weight", "bias"))
+    if has_kernel("unit_eval", x):
+        given = x, block.weights, mean, var, gamma, beta, block.used, block.stride, norms[0].eps
+        return cast(Tensor, below_autograd("unit_eval", *given))
+    widths = None if block.mid is None else block.widths()
+    scale = _joined(var, widths).add_(norms[0].eps).rsqrt_()
+    if gamma:
+        scale.mul_(_joined(gamma, widths))
+    shift = _joined(mean, widths).mul_(scale).neg_()
+    if beta:
+        shift.add_(_joined(beta, widths))
+    return infer(block, x, scale, shift)
 
 
 def _train(block: Block, x: Tensor) -> Tensor:
     out, mean, var, counts = calibrate(block, x)
-    move_statistics(block.norms, mean.split(block.widths()), var.split(block.widths()), counts)
+    if not _move_at_once(block, mean, var, counts):
+        widths = block.widths()
+        move_statistics(block.norms, mean.split(widths), var.split(widths), counts)
     return out
+
+
+def _move_at_once(block: Block, mean: Tensor, var: Tensor, counts: Sequence[int]) -> bool:
+    """Move all running statistics in one call, if nobody observes them and none has a rule of its own."""
+    if observed() or not has_kernel("bn_update_running", mean):
+        return False
+    means, variances, counters, momenta = [], [], [], []
+    for norm in block.norms:
+        own = norm.__dict__
+        buffers, momentum = own["_buffers"], own["momentum"]
+        running = buffers["running_mean"], buffers["running_var"]
+        if not own["training"] or momentum is None or any(v is None or v.dtype != mean.dtype for v in running):
+            return False
+        means.append(running[0])
+        variances.append(running[1])
+        momenta.append(momentum)
+        if buffers["num_batches_tracked"] is not None:
+            counters.append(buffers["num_batches_tracked"])
+    torch.autograd.graph.increment_version((*means, *variances, *counters))
+    below_autograd("bn_update_running", means, variances, counters, mean, var, block.widths(), counts, momenta)
+    return True
 
 
 @torch.no_grad()
@@ -291,19 +357,19 @@ def _on_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return own["training"] or (own["_buffers"]["running_mean"] is None and own["_buffers"]["running_var"] is None)
 
 
+_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_form = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+
+
 def usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) -> bool:
     """Whether a convolution is as the units make it; its attributes may have been changed, or another put in place."""
     depthwise, stride = expected
     channels, _, height, width = weight.shape
-    own = vars(convolution)
+    own, padding = convolution.__dict__, width // 2
     return (
         height == width
         and (width % 2 == 1 if depthwise else width == 1)
-        and own["stride"] == (stride, stride)
-        and own["padding"] == (width // 2, width // 2)
-        and own["dilation"] == (1, 1)
-        and own["groups"] == (channels if depthwise else 1)
-        and own["padding_mode"] == "zeros"
+        and _form(own) == ((stride, stride), (padding, padding), (1, 1), channels if depthwise else 1, "zeros")
         and own["_parameters"]["bias"] is None
         and weight.dtype == torch.float32
     )
@@ -311,9 +377,5 @@ def usual(convolution: nn.Conv2d, weight: Tensor, expected: tuple[bool, int]) ->
 
 def changed(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it a forward of its own."""
-    own = vars(module)
-    return (
-        "forward" in own
-        or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
-        or bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
-    )
+    own = module.__dict__
+    return "forward" in own or any(_hooks(own))

@@ -83,6 +83,11 @@ def report(
     return True
 
 
+def observed() -> bool:
+    """Whether anybody observes any layer."""
+    return _current.get() is not None
+
+
 class _Observer(TorchFunctionMode):
     """Looks into every call of batch_norm on the buffers of the observed layers."""
 

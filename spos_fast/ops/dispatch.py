@@ -64,6 +64,7 @@ def define_op(
     triton: str | None = None,
     autocast: Iterable[int] = (),
     plain: str | None = None,
+    cpu: tuple[Kernel, str] | None = None,
 ) -> Any:
     """Define an op and register its kernels. Returns the overload, ready to call.
 
@@ -75,11 +76,15 @@ def define_op(
             must carry the schema's defaults too: torch leaves out arguments that equal them.
         autocast: positions of the tensors that autocast casts to its dtype.
         plain: why the op has no kernels and the reference is its implementation; None if it has.
+        cpu: what serves CPUs if that is made of other ops, and of which; None if it is C++.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     torch.library.register_fake(f"spos_fast::{name}", fake, lib=LIBRARY)
     choices = {device: Choice("reference", plain) if plain else _choose(name, device, triton) for device in DEVICES}
+    if cpu is not None and native.backend() in ("auto", "native"):
+        choices["cpu"] = Choice("composite", cpu[1])
+        LIBRARY.impl(name, cpu[0], DEVICES["cpu"])
     launcher = _late(triton) if triton is not None else None
     for device, choice in choices.items():
         if choice.kernel == "triton":
@@ -112,11 +117,16 @@ def define_composite(schema: str, function: Kernel, why: str) -> None:
 
 def differentiable_once(backward: str, op: str) -> None:
     """Make differentiating an op's backward op an error: torch would take its gradient for zero, with a warning."""
+    not_differentiable(backward, f"{op} is differentiable once; for second derivatives write it in plain PyTorch")
+
+
+def not_differentiable(op: str, why: str) -> None:
+    """Make differentiating an op an error that says why, for the same reason."""
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(f"{op} is differentiable once; for second derivatives write it in plain PyTorch")
+        raise RuntimeError(why)
 
-    torch.library.register_autograd(f"spos_fast::{backward}", refuse, lib=LIBRARY)
+    torch.library.register_autograd(f"spos_fast::{op}", refuse, lib=LIBRARY)
 
 
 def _register_autocast(overload: Any, device: str, positions: frozenset[int]) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
-from spos_fast.nn.quant import QuantBasicBlock
+from spos_fast.nn.quant import QuantBasicBlock, QuantConv2d
+from spos_fast.nn.steps import step_entries
 from spos_fast.spaces.base import CostTable, Space, scaled_channels
 from spos_fast.spaces.bits import Bits, bit_names, bit_pairs, candidates_of
 from spos_fast.supernet import Network, Step, Supernet
@@ -164,7 +165,16 @@ class QuantResNet(Space):
         """
         first_conv, classifier = self._ends(affine=False)
         features = [self._candidates(block) for block in self._blocks]
-        net = Supernet(first_conv, features, nn.Identity(), classifier, 0.0, route=self._route, build=self.build)
+        net = Supernet(
+            first_conv,
+            features,
+            nn.Identity(),
+            classifier,
+            0.0,
+            route=self._route,
+            build=self.build,
+            entries=lambda block, setting: step_entries(block, *setting[1:]),  # type: ignore[index]
+        )
         _initialize(net)
         return net
 
@@ -305,7 +315,9 @@ class QuantResNet(Space):
 
 
 def _initialize(net: nn.Module) -> None:
-    """Initial weights as of torchvision's ResNets (He et al. 2015, by fan-out); steps keep those of their modules."""
+    """Initial weights as of torchvision's ResNets (He et al. 2015, by fan-out), and the weights' steps for them."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, QuantConv2d):
+            module.start_weight_steps()

@@ -5,7 +5,7 @@ from torch import nn
 
 from spos_fast import recalibrate
 from spos_fast.export.codes import act_grid
-from spos_fast.nn.quant import QuantAct, QuantBasicBlock, QuantConv2d, initialize_steps
+from spos_fast.nn import QuantAct, QuantBasicBlock, QuantConv2d, initialize_steps
 
 
 class Mixed(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 
 from spos_fast import CheckpointError, InputError
 from spos_fast.export import export_onnx
-from spos_fast.nn.quant import QuantAct, QuantConv2d, quantize_model
+from spos_fast.nn import QuantAct, QuantConv2d, quantize_model
 from spos_fast.spaces import QuantResNet, ShuffleNetV2
 from tests.export.networks import Mixed, Together, border_distances, settled
 

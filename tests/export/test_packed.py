@@ -12,7 +12,7 @@ from spos_fast.checkpoint import load_checkpoint, save_checkpoint
 from spos_fast.export import load_packed, save_packed
 from spos_fast.export.codes import weight_codes
 from spos_fast.export.packed import pack_bits, unpack_bits
-from spos_fast.nn.quant import QuantConv2d
+from spos_fast.nn import QuantConv2d
 from spos_fast.spaces import QuantResNet
 from tests.export.networks import Mixed, settled
 
@@ -122,8 +122,8 @@ def test_other_networks_are_named_and_stay_as_they_were(tmp_path, images):
     save_packed(settled(Mixed(HIGH, "dorefa", "pact"), images), tmp_path / "net.pt")
     plain = nn.Sequential(nn.Conv2d(3, 4, 1))
     others = [
-        (Mixed(LOW, "dorefa", "pact"), r"identity\.conv1 has bits 7, not 1"),
-        (Mixed(HIGH, "lsq", "pact"), r"identity\.conv1 has quantizer dorefa, not lsq"),
+        (Mixed(LOW, "dorefa", "pact"), r"depthwise has bits 6, not 3"),
+        (Mixed(HIGH, "lsq", "pact"), r"depthwise has quantizer dorefa, not lsq"),
         (Mixed(HIGH, "dorefa", "lsq+"), r"act\.offset differs"),
         (plain, "quantized in one of them only"),
     ]

@@ -33,6 +33,25 @@ def _bn_normalize() -> list[Arguments]:
     return found
 
 
+def _bn_add_relu() -> list[Arguments]:
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(4)
+    for position, (x, scale, shift, _, groups) in enumerate(_bn_normalize()):
+        x = x.contiguous(memory_format=LAST)
+        residual = torch.randn(x.shape, generator=generator).to(x.dtype).contiguous(memory_format=LAST)
+        beside = (None, None) if position % 2 else (shift + 1, scale)
+        found.append((x, scale, shift, residual, *beside, groups))
+    return found
+
+
+def _bn_add_relu_backward() -> list[Arguments]:
+    found: list[Arguments] = []
+    for x, scale, _, residual, residual_scale, _, groups in _bn_add_relu():
+        out = (x * 2 - residual).relu().contiguous(memory_format=LAST)
+        found.append((residual + 1, out, x, scale, residual, residual_scale, groups))
+    return found
+
+
 # Of each layer the shape of its statistics, the values behind the state and those of the batch.
 _LAYERS = (((5,), 12, 9), ((2, 3, 8), 2, 2), ((1,), 700, 49), ((600,), 1, 300))
 
@@ -68,9 +87,24 @@ def _bn_finalize() -> list[Arguments]:
     return found
 
 
+def _bn_update_running() -> list[Arguments]:
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(4)
+    for dtype in (torch.float32, torch.float64):
+        mean, var = ([torch.rand(n, generator=generator).to(dtype) for n in (5, 33, 1)] for _ in range(2))
+        mean[1] = torch.stack((mean[1], mean[1]), 1)[:, 0]
+        batch_mean, batch_var = (torch.rand(26, generator=generator).to(dtype) for _ in range(2))
+        counters = [torch.tensor(7), torch.tensor(0)]
+        found.append((mean, var, counters, batch_mean, batch_var, [5, 20, 1], [2, 300, 12], [0.1, 1.0, 0.0]))
+    return found
+
+
 NORM_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
+    "bn_add_relu": _bn_add_relu,
+    "bn_add_relu_backward": _bn_add_relu_backward,
     "bn_finalize": _bn_finalize,
     "bn_merge": _bn_merge,
     "bn_moments": _bn_moments,
     "bn_normalize": _bn_normalize,
+    "bn_update_running": _bn_update_running,
 }

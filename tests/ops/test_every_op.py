@@ -130,8 +130,11 @@ def excess(op: Op, kernel: Any, arguments: Arguments, device: str, draws: int) -
             [a + b * b for a, b in zip(s or [0.0] * len(d), d, strict=True)]
             for s, d in zip((ours, eager), draw, strict=True)
         )
-    # The floor, a few roundings of the output, is for a reference that is right by luck.
-    floor = [(4 * torch.finfo(tensor.dtype).eps) ** 2 * draws for tensor in tensors(outputs)]
+    # The floor, a few roundings of the output, is for a reference that is right by luck. Integers are not rounded.
+    floor = [
+        (4 * torch.finfo(tensor.dtype).eps) ** 2 * draws if tensor.is_floating_point() else 0.0
+        for tensor in tensors(outputs)
+    ]
     return [
         f"output {place}: {a**0.5:.2e} for the reference's {b**0.5:.2e}"
         for place, (a, b, least) in enumerate(zip(ours, eager, floor, strict=True))

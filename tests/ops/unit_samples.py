@@ -150,6 +150,29 @@ def _infer(kind: str) -> list[Arguments]:
     return found
 
 
+def layers_of(kind: str, size: Sizes, longer: int = 0) -> list[int]:
+    """Channels of every BN layer, those of mid channels ``longer`` than what is used."""
+    b, mid = size.channels if size.projects else size.channels // 2, size.mid + longer
+    main = [mid, mid, size.made] if kind == "shuffle_unit" else [b, mid, mid, mid, mid, size.made]
+    return main + ([b, b] if size.projects else [])
+
+
+def evaluated() -> list[Arguments]:
+    """Of the op that folds running statistics itself: both units, vectors longer than what is used of them."""
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(8)
+    sizes = [size for size in SIZES if size.device_width is None]
+    for kind in KINDS:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for size, (x, *rest) in zip(sizes, arguments(kind, dtype, 4, sizes), strict=False):
+                stored = [w for w in rest[:-5] if w is not None]
+                widths = layers_of(kind, size, size.stored - size.mid)
+                mean, var, gamma, beta = ([torch.rand(n, generator=generator) + 0.5 for n in widths] for _ in range(4))
+                affine = (gamma, beta) if size.affine else ([], [])
+                found.append((x, stored, mean, var, *affine, size.mid, size.stride, 1e-3))
+    return found
+
+
 def _infer_backward(kind: str) -> list[Arguments]:
     generator = torch.Generator().manual_seed(5)
     found: list[Arguments] = []
@@ -168,4 +191,4 @@ UNIT_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
         ("_infer", _infer),
         ("_infer_backward", _infer_backward),
     )
-}
+} | {"unit_eval": evaluated}

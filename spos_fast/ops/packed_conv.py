@@ -1,0 +1,57 @@
+"""Quantized convolutions whose weights stay quantized and packed between calls, for evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spos_fast.ops.integer_conv import Filters, integer_convolution, pack
+from spos_fast.ops.quant_call import as_call
+from spos_fast.ops.quant_codes import quantize_codes
+
+
+class PackedConv2d:
+    """:func:`spos_fast.ops.quant_conv2d` without gradients, for many calls with the same weights and bits.
+
+    Weights are quantized and packed at the first call, and again where the size of the images changes. They are those
+    of that time: an object is of no use once they have moved. On the CPU.
+
+    Args:
+        weight: [stored out, stored in / groups, kh, kw].
+        bias: [stored out] or None.
+        arguments: the keyword arguments of :func:`spos_fast.ops.quant_conv2d`, all of them, but those of a call and
+            ``statistics``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, **arguments: Any) -> None:
+        self._weight, self._bias, self._arguments = weight, bias, arguments
+        self._filters: Filters | None = None
+        self._size: torch.Size | None = None  # of the images that they are packed for
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, act_index: int | Tensor = 0, *, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """The convolution of x.
+
+        Args:
+            x: [N, C, H, W], not empty.
+            act_index: which of the activations' bit-widths.
+            scale, shift: [channels used], of the batch norm in front, applied to x on load; or None.
+
+        Returns:
+            [N, C_out, H', W'], dtype of x, channels last.
+
+        Raises:
+            TypeError, InputError: as :func:`spos_fast.ops.quant_conv2d`.
+        """
+        arguments = self._arguments | dict(act_index=act_index, scale=scale, shift=shift, statistics=False)
+        call = as_call(x, self._weight, self._bias, **arguments)
+        if self._filters is None or self._size != call.x.shape[1:]:
+            most = int(call.act_bits.max())
+            self._filters = pack(call.weight, *call.weights, call.settings, most, call.x.shape)
+            self._size = call.x.shape[1:]
+        codes, step = quantize_codes(call.x, *call.activation)
+        return integer_convolution(codes, step, self._filters, call.bias, x.dtype)

@@ -154,9 +154,7 @@ def _single(layer: QuantConv2d, name: str) -> WeightCodes:
         )
     weights = weight_codes(layer, 0, name)
     if weights.bits == 1 and bool((weights.scale < MIN_STEP).any()):
-        raise InputError(
-            f"{name}: has weights of 1 bit whose mean magnitude is below {MIN_STEP:.1g}; it cannot be packed"
-        )
+        raise InputError(f"{name}: weights of 1 bit have a mean magnitude below {MIN_STEP:.1g}, the least of steps")
     return weights
 
 

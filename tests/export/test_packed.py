@@ -139,7 +139,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
     """One line, and no file: nothing quantized, several bit-widths, NaN, other types, a single bit without a size."""
     broken, empty = QuantConv2d(3, 4, 1, weight_bits=8), QuantConv2d(3, 4, 1, weight_bits=1)
     with torch.no_grad():
-        broken.weight[0, 0, 0, 0] = torch.inf
+        broken.weight[0, 0, 0, 0] = torch.nan
         empty.weight.zero_()
     for layer, says in (
         (nn.Conv2d(3, 4, 1), "network: has no quantized convolutions"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spos_fast.errors import CheckpointError, InputError, RankError
     from spos_fast.evaluation import Evaluator, Score, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
+    from spos_fast.isomorphism import IsomorphismSampler
     from spos_fast.latency import LatencySettings, LatencyTable
     from spos_fast.ops import explain
     from spos_fast.pareto import ParetoResult, pareto_search
@@ -36,6 +37,7 @@ _HOME = {
     "EarlyStopping": "early_stopping",
     "Evaluator": "evaluation",
     "InputError": "errors",
+    "IsomorphismSampler": "isomorphism",
     "LatencySettings": "latency",
     "LatencyTable": "latency",
     "Metrics": "training",
@@ -66,6 +68,7 @@ __all__ = [
     "EarlyStopping",
     "Evaluator",
     "InputError",
+    "IsomorphismSampler",
     "LatencySettings",
     "LatencyTable",
     "Metrics",

@@ -254,7 +254,7 @@ def _random_order(true: NDArray[np.float64]) -> Ranking:
     """
     n, constant = len(true), np.zeros(len(true))
     spread = 1.96 * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
-    tied = rank_statistics(constant, true, resamples=1)
+    tied = rank_statistics(constant, true)
     nothing: dict[str, Any] = dict.fromkeys(("tau", "spearman", "tau_top_half", "tau_top_tenth", "partial_tau"), 0.0)
     return Ranking("random order", constant, true, dataclasses.replace(tied, **nothing, interval=(-spread, spread)))
 

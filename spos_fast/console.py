@@ -30,6 +30,7 @@ class Console(Listener):
         self._begun = (0.0, 0)
         self._spoken = 0.0
         self._failed = 0
+        self._values = ""  # of the last candidate
 
     def close(self) -> None:
         """End the bar of the current stage."""
@@ -70,7 +71,14 @@ class Console(Listener):
         """Advance the bar of a search; candidates that failed (NaN or infinity) are counted."""
         self._failed += score.failed
         failed = f", {self._failed:,} failed" if self._failed else ""
-        self._advance(number, total, f"accuracy {score.accuracy:.2%}, best {best.accuracy:.2%}{failed}")
+        self._values = f"accuracy {score.accuracy:.2%}, best {best.accuracy:.2%}{failed}"
+        if self._bar is not None:
+            self._advance(number, total, self._values)
+
+    def generation(self, phase: str, done: int, total: int) -> None:
+        """A line of a search: from the first of those scored together, the time that is left could not be told."""
+        if self._bar is None:
+            self._advance(done, total, self._values)
 
     def retrained(self, label: str, result: dict[str, Any]) -> None:
         """Say how an architecture came out."""

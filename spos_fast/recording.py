@@ -32,6 +32,9 @@ class Listener:
     def candidate(self, phase: str, number: int, total: int, score: Score, best: Score) -> None:
         """Candidate ``number`` of at most ``total`` is scored."""
 
+    def generation(self, phase: str, done: int, total: int) -> None:
+        """All candidates that were scored together are told of: ``done`` of at most ``total``."""
+
     def retrained(self, label: str, result: dict[str, Any]) -> None:
         """An architecture is retrained and tested."""
 
@@ -119,6 +122,8 @@ class RecordedScores:
                 scored.append(known.get(arch.genes) or self.completed[arch.genes])
                 if len(scored) > len(recorded):
                     record(arch)
+            if len(scored) > len(recorded):
+                self.listener.generation(name, len(scored), self.budget)
             if self.early_stopping is not None:
                 self.early_stopping.learn(archs, scored[first:])
             return scored[first:]

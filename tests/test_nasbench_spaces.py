@@ -9,6 +9,7 @@ import torch
 from spos_fast import Evaluator, InputError, LatencySettings, data, evaluate, recalibrate
 from spos_fast.cli import main
 from spos_fast.latency import measure
+from spos_fast.nn.parts import Part
 from spos_fast.spaces import NASBench201, NASBenchMacro
 
 SPACES = {
@@ -85,6 +86,13 @@ def test_scores_are_those_of_the_extracted_network(images, name):
         recalibrate(plain, [calibration.normalization(part) for part in calibration.pixels.split(30)])
         expected, score = evaluate(plain, validation.batches(50)), evaluator([arch])[0]
         assert score.accuracy == expected.accuracy and abs(score.loss - expected.loss) < 1e-5
+
+
+def test_only_layers_that_run_are_kept_in_the_tree():
+    """Statistics of those of its twelve normalisation layers that the output reads, and of no other."""
+    cell = SPACES["nasbench201"].supernet().features[0][0].eval()
+    for genes, layers in (((3, 2, 3, 2, 3, 2), 6), ((3, 3, 2, 1, 0, 0), 0), ((1, 0, 0, 0, 4, 3), 1)):
+        assert len(Part(cell, genes).norms) == layers
 
 
 @pytest.mark.parametrize("name", SPACES)

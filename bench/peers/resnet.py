@@ -1,15 +1,18 @@
-"""ResNet-18 and -34 in plain PyTorch (He et al., arXiv 1512.03385), with torchvision's names; fp32 or quantized.
+"""ResNet-18 in plain PyTorch (He et al., arXiv 1512.03385): fp32, or quantized as other projects compose it.
 
-The quantized one composes what other projects compose: a quantizer on the input of each residual block's convolutions,
-one on their weights, ``torch.nn.functional.conv2d``.
+There each convolution of the residual blocks has a quantizer on its input and one on its weights in front of
+``torch.nn.functional.conv2d``. Their greatest codes are tensors, so that torch.compile makes one graph for all bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from bench.peers.quantization import round_through
 
 # Makes a convolution: channels in, channels out, kernel size, stride.
 MakeConv = Callable[[int, int, int, int], nn.Module]
@@ -71,3 +74,54 @@ class ResNet(nn.Module):
 def resnet18(conv: MakeConv = plain_conv) -> ResNet:
     """ResNet-18 whose residual blocks have the convolutions that ``conv`` makes."""
     return ResNet((2, 2, 2, 2), lambda narrow, wide, stride: BasicBlock(narrow, wide, stride, conv))
+
+
+def _pact(x: Tensor, alpha: Tensor, levels: Tensor) -> Tensor:
+    scale = levels / alpha.detach()
+    return round_through(torch.minimum(torch.relu(x), alpha) * scale) / scale
+
+
+def _dorefa(weight: Tensor, levels: Tensor) -> Tensor:
+    squashed = torch.tanh(weight)
+    return 2 * round_through(levels * (squashed / (2 * squashed.abs().max()) + 0.5)) / levels - 1
+
+
+def _lsq(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    factor = (x.numel() * high) ** -0.5
+    step = (step - step * factor).detach() + step * factor
+    return round_through(torch.minimum(torch.maximum(x / step, low), high)) * step
+
+
+class ComposedConv(nn.Conv2d):
+    """A convolution with composed quantizers, whose bit-widths are set from outside.
+
+    Attributes:
+        levels: greatest codes of the weights and of the input, float32 [2]; as :meth:`set_bits` sets them.
+    """
+
+    levels: Tensor
+
+    def __init__(self, narrow: int, wide: int, size: int, stride: int, quantizer: str) -> None:
+        super().__init__(narrow, wide, size, stride, size // 2, bias=False)
+        self.quantizer = quantizer
+        self.register_buffer("levels", torch.ones(2), persistent=False)
+        self.act_step = nn.Parameter(torch.tensor(2.0 if quantizer == "pact" else 0.2))
+        self.weight_step = nn.Parameter(torch.tensor(0.02)) if quantizer == "lsq" else None
+        self.set_bits(4, 4)
+
+    def set_bits(self, weight_bits: int, act_bits: int) -> None:
+        """From the next call on."""
+        signed = self.quantizer == "lsq"
+        self.levels[0] = 2 ** (weight_bits - 1) - 1 if signed else 2**weight_bits - 1
+        self.levels[1] = 2**act_bits - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolution of the quantized input with the quantized weights."""
+        of_weights, of_act = self.levels
+        if self.weight_step is None:
+            values = _pact(x, self.act_step, of_act)
+            weight = _dorefa(self.weight, of_weights)
+        else:
+            values = _lsq(x, self.act_step, torch.zeros_like(of_act), of_act)
+            weight = _lsq(self.weight, self.weight_step, -of_weights - 1, of_weights)
+        return functional.conv2d(values, weight, None, self.stride, self.padding)

@@ -58,7 +58,8 @@ def _head(run: Path, result: Consistency) -> str:
 <p class="path">Run folder <code>{escape(str(run))}</code></p>
 <p class="lead">{_headline(result)}</p>
 {tiles(_tiles(result))}
-{card("Predictors of the ranking", _taus(result), _TAU_CAPTION, _TAU_KEY, wide=True)}"""
+<h2>Predictors of the ranking</h2>
+{card("", _taus(result), _TAU_CAPTION, _TAU_KEY, wide=True)}"""
 
 
 _TAU_CAPTION = (
@@ -80,12 +81,13 @@ def _headline(result: Consistency) -> str:
     if bare is not None and bare is not first:
         text += f"; without recalibration, {tau_text(bare.statistics)}"
     text += "."
-    params = next((each for each in result.references if each.name == "parameters"), None)
-    if params is not None:
+    costs = [each for each in result.references if each.name in ("parameters", "FLOPs")]
+    if costs:
         low, high = first.statistics.interval
-        tau = params.statistics.tau
+        best = max(costs, key=lambda each: each.statistics.tau)
+        tau = best.statistics.tau
         verdict = "above" if low > tau else "below" if high < tau else "not told apart from"
-        text += f" This is {verdict} what the number of parameters alone reaches on the same ones, {_number(tau)}."
+        text += f" Their {best.name} alone reach {_number(tau)} on the same ones; the supernet is {verdict} that."
     failed = sum(result.failed.values())
     if failed:
         text += f" {failed:,} scores failed (NaN or infinity) and count as accuracy 0."
@@ -142,11 +144,11 @@ def _tables(result: Consistency) -> str:
     top = table(
         head,
         [(name, *(cell for entry in each.top for cell in _top_cells(entry.k, entry))) for name, each in rankings],
-        f"The architectures that a predictor puts first, by their true accuracy; the best of all {result.n:,} has "
-        f"{result.scored[0].true.max():.2%}. Precision: share that is among as many truly best ones. Ties at the cut: "
+        f"By their true accuracy; the best of all {result.n:,} has {result.scored[0].true.max():.2%}. "
+        "Precision: share that is among as many truly best ones. Ties at the cut: "
         "expected values.",
     )
-    return f"<h2>All statistics</h2>{correlations}\n{top}"
+    return f"<h2>Correlations</h2>{correlations}\n<h2>The architectures that come first</h2>{top}"
 
 
 _TOP = ("precision", "best", "mean")
@@ -184,12 +186,11 @@ def _scatters(result: Consistency) -> str:
 
 
 def _curves(result: Consistency) -> str:
-    levels: list[Level] = []
-    for each in result.references:
-        if each.name == "parameters":
-            levels.append(("parameters", each.statistics.tau, "dashed"))
-        elif each.name.startswith("ceiling"):
-            levels.append(("ceiling", each.statistics.tau, "dotted"))
+    shapes = {"parameters": "dashed", "ceiling": "dotted"}
+    levels: list[Level] = [
+        (each.name, each.statistics.tau, shapes.get(each.name.partition(":")[0], "thin"))
+        for each in result.references[1:]  # the first is the random order, which is 0
+    ]
     key = figure_key([("this supernet", "evolution", "line"), *((name, "muted", shape) for name, _, shape in levels)])
     cards = []
     final = [(each.way, each.statistics) for each in result.scored if each.way and each.way.step is None]
@@ -220,4 +221,5 @@ def _settings(run: Path) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+    # Adding 0 turns a rounded -0 into 0.
+    return "–" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")

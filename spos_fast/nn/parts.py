@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,13 @@ class Part:
     their batch, as they always do.
 
     Args:
-        module: called with its input, and with ``setting`` unless that is None.
+        module: called with its input, and with ``setting`` unless that is None. If it has a method ``running``, that
+            gives the modules inside of it that run with a setting: the others' normalisation layers are left alone.
         setting: how it runs; a unit's number of mid channels.
 
     Attributes:
         key: equal for parts that run the same.
-        norms: normalisation layers with running statistics.
+        norms: normalisation layers with running statistics that run.
         widths: how many of their channels are used.
         fuses: whether :meth:`infer` normalises by scale and shift, if the images allow it.
     """
@@ -74,7 +75,8 @@ class Part:
     def __init__(self, module: nn.Module, setting: int | tuple[int, ...] | None = None) -> None:
         self.module, self.setting = module, setting
         self.key: tuple[nn.Module, int | tuple[int, ...] | None] = (module, setting)
-        layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        roots = [module] if setting is None or not hasattr(module, "running") else cast(Any, module).running(setting)
+        layers = [layer for root in roots for layer in root.modules() if isinstance(layer, _BatchNorm)]
         self.norms = [layer for layer in layers if layer.running_mean is not None]
         self.widths = [layer.num_features for layer in self.norms]
         self._block: fused.Block | None = None
@@ -144,7 +146,10 @@ class Part:
                 mean[channels], var[channels] = some
             seen[layer] = mean, var * ((count - 1) / count), count
 
-        names = {layer: name for name, layer in self.module.named_modules() if layer in self.norms}
+        if not self.norms:
+            return self._run(x), Moments([], [], [])
+        running = set(self.norms)
+        names = {layer: name for name, layer in self.module.named_modules() if layer in running}
         copies = [{name: value.clone() for name, value in layer.named_buffers(recurse=False)} for layer in self.norms]
         try:
             with _lent(self.norms, copies), observing(names, take):

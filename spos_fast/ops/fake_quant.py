@@ -170,12 +170,14 @@ _op = define_op(
     "-> Tensor",
     reference=fake_quant_reference,
     fake=_fake,
+    triton="spos_fast.kernels.quantization:fake_quant",
 )
 _backward_op = define_op(
     "fake_quant_backward(Tensor grad, Tensor x, Tensor step, Tensor? offset, Tensor bits, Tensor index, str mode, "
     "bool signed, int axis) -> (Tensor, Tensor, Tensor)",
     reference=fake_quant_backward_reference,
     fake=_fake_backward,
+    triton="spos_fast.kernels.quantization:fake_quant_backward",
 )
 differentiable_once("fake_quant_backward", "fake_quant")
 

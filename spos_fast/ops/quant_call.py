@@ -146,7 +146,10 @@ def _sliced(
     else:
         used_out = stored_out if out_channels is None else out_channels
         if groups > 1 and (used_in, used_out) != (stored_in, stored_out):
-            raise InputError(f"groups: got {groups}; only convolutions with groups=1 and depthwise ones can be sliced")
+            raise InputError(
+                f"groups: got {groups}; only convolutions with groups=1 and depthwise ones can be sliced, and x must "
+                f"have all {stored_in} channels"
+            )
         weight = _first(weight, used_in // groups, 1)
     for name, used, there in (
         ("in_channels", used_in, min(x.shape[1], stored_in)),

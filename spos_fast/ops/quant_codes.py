@@ -189,6 +189,7 @@ quantize_codes = define_op(
     "-> (Tensor codes, Tensor step_used)",
     reference=quantize_codes_reference,
     fake=_fake_codes,
+    triton="spos_fast.kernels.quantization:quantize_codes",
 )
 quantize_codes_backward = define_op(
     "quantize_codes_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor step, Tensor bits, "

@@ -130,12 +130,12 @@ def bits_and_index(x: Any, bits: int | Tensor, index: int | Tensor, entries: int
     return bits, index
 
 
-def _integer(name: str, value: Any, least: int, most: int) -> int:
+def _integer(name: str, value: Any, least: int, most: int) -> Any:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or an integer tensor, got {type(value).__name__}")
     if not least <= value <= most:
         raise InputError(f"{name} must be from {least} to {most}, got {value}")
-    return int(value)
+    return value
 
 
 def check_values(name: str, x: Any) -> None:

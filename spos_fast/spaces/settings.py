@@ -33,8 +33,11 @@ class SpaceConfig:
         raise NotImplementedError
 
     def sizes(self) -> dict[str, object]:
-        """All fields but the name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        """All fields but the name; bits, which have names, as pairs of numbers."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        for setting in {"bits", "uniform_bits"} & {*sizes}:
+            sizes[setting] = named_bits(setting, sizes[setting])
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class ShuffleNetV2Config(SpaceConfig):
         channels: ratios that the mid channels of every block are searched in, such as 0.2,0.4,0.6; empty: no widths.
         blocks: choice block of every layer by index, for a search of widths only; one number stands for all layers.
             Empty: blocks are searched.
+        bits: searched bits of weights and activations, such as 1W2A,2W2A; empty: nothing is quantized.
+        uniform_bits: bits of the uniform networks that are retrained for comparison; the search leaves out those that
+            are not among bits.
+        weight_quantizer: dorefa or lsq.
+        act_quantizer: lsq or lsq+; of ResNets also pact or pact_residual.
     """
 
     name: str = ShuffleNetV2.name
@@ -66,6 +74,10 @@ class ShuffleNetV2Config(SpaceConfig):
     init: str = "published"
     channels: tuple[float, ...] = ()
     blocks: tuple[int, ...] = ()
+    bits: tuple[str, ...] = ()
+    uniform_bits: tuple[str, ...] = ("3W3A",)
+    weight_quantizer: str = "lsq"
+    act_quantizer: str = "lsq"
 
     def make(self, *, input_size: int, in_channels: int, num_classes: int) -> ShuffleNetV2:
         """The space for images of one data set.
@@ -118,15 +130,12 @@ class QuantResNetConfig(SpaceConfig):
             InputError: sizes or bit-widths that give no network.
         """
         depth = next(depth for depth in REPEATS if self.name.endswith(str(depth)))
-        sizes = self.sizes()
-        for setting in ("bits", "uniform_bits"):
-            sizes[setting] = named_bits(setting, getattr(self, setting))
         return QuantResNet(
             depth,
             input_size=input_size,
             in_channels=in_channels,
             num_classes=num_classes,
-            **{**sizes, "stem_stride": self.stem_stride or None},  # type: ignore[arg-type]
+            **{**self.sizes(), "stem_stride": self.stem_stride or None},  # type: ignore[arg-type]
         )
 
 

@@ -1,4 +1,4 @@
-"""The ShuffleNetV2 space of SPOS (arXiv 1904.00420, table 2) for block search, channel search and both jointly."""
+"""The ShuffleNetV2 space of SPOS (arXiv 1904.00420, table 2): search of blocks, channels, bits, or all jointly."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from torch import nn
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
 from spos_fast.nn import ShuffleUnit, XceptionUnit
+from spos_fast.nn.quant import QuantConv2d
+from spos_fast.nn.quant_units import QuantUnit
+from spos_fast.nn.steps import step_entries
+from spos_fast.nn.units import Unit
 from spos_fast.spaces.base import CostTable, Space, scaled_channels
-from spos_fast.supernet import Network, Supernet
+from spos_fast.spaces.bits import Bits, bit_names, bit_pairs, candidates_of
+from spos_fast.supernet import Network, Step, Supernet
 
 KERNEL_SIZES = (3, 5, 7)
 CHOICES = ("shuffle_k3", "shuffle_k5", "shuffle_k7", "xception")
@@ -44,7 +49,7 @@ class _Block:
     def output_size(self) -> int:
         return -(-self.input_size // self.stride)
 
-    def module(self, choice: int, mid: int, affine: bool) -> nn.Module:
+    def module(self, choice: int, mid: int, affine: bool) -> Unit:
         if choice < len(KERNEL_SIZES):
             return ShuffleUnit(self.in_channels, self.out_channels, mid, KERNEL_SIZES[choice], self.stride, affine)
         return XceptionUnit(self.in_channels, self.out_channels, mid, self.stride, affine)
@@ -75,8 +80,10 @@ class ShuffleNetV2(Space):
 
     With ``channels`` every layer has a second gene: the width of the block, as a ratio to its usual mid channels (half
     of its output channels). The published ratios are 0.2 to 1.6 in steps of 0.2. With ``blocks`` too, only the widths
-    are searched. A layer's genes stand together: block, width, block, width, ... Weights of a block are stored once, at
-    the widest ratio; a narrower one uses the first channels.
+    are searched. With ``bits`` every layer has a last gene: the bit-widths of the weights and the activations of all
+    convolutions of the block; stem, last convolution and classifier stay in full precision. A layer's genes stand
+    together: block, width, bits, block, ... Weights of a block are stored once, at the widest ratio and in full
+    precision; a narrower one uses the first channels.
 
     Args:
         input_size: height and width of the images, in pixels.
@@ -96,6 +103,11 @@ class ShuffleNetV2(Space):
             :func:`scaled_channels` rounds.
         blocks: the choice of every layer, by index, for a search of widths only: one a layer, or a single one for all
             (``(0,)`` is the paper's: shuffle_k3 everywhere). None searches the blocks.
+        bits: searched pairs (bits of weights, bits of activations), 1 to 8 each; None quantizes nothing.
+        uniform_bits: with ``bits``, the pairs of the uniform networks that :meth:`baselines` compares with. No search
+            draws those that are not in ``bits``.
+        weight_quantizer: with ``bits``, ``"lsq"`` or ``"dorefa"``; see :class:`spos_fast.nn.quant_units.QuantUnit`.
+        act_quantizer: with ``bits``, ``"lsq"`` or ``"lsq+"``.
 
     Raises:
         InputError: sizes that give no network.
@@ -119,6 +131,10 @@ class ShuffleNetV2(Space):
         init: str = "published",
         channels: Sequence[float] | None = None,
         blocks: Sequence[int] | None = None,
+        bits: Sequence[Bits] | None = None,
+        uniform_bits: Sequence[Bits] = ((3, 3),),
+        weight_quantizer: str = "lsq",
+        act_quantizer: str = "lsq",
     ) -> None:
         self._config: dict[str, Any] = dict(
             input_size=input_size,
@@ -135,16 +151,35 @@ class ShuffleNetV2(Space):
             channels=_listed("channels", channels, float, "ratios such as 0.2, 0.4, 0.6"),
             blocks=_listed("blocks", blocks, operator.index, "indices of choices, such as (0,)"),
         )
+        if bits:  # a space without them has the configuration that it always had
+            self._config |= dict(
+                bits=bit_pairs("bits", bits),
+                uniform_bits=bit_pairs("uniform_bits", uniform_bits),
+                weight_quantizer=weight_quantizer,
+                act_quantizer=act_quantizer,
+            )
         self._check_config()
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
         self.ratios: tuple[float, ...] = self._config["channels"] or (1.0,)
         self._blocks = tuple(self._make_blocks())
+        self.bits: tuple[Bits, ...] = self._config.get("bits", ())
+        further = tuple(pair for pair in self._config.get("uniform_bits", ()) if pair not in self.bits)
+        self._pairs = self.bits + further  # by index of the gene
+        self._weight_bits, self._act_bits, self._indices = candidates_of(self._pairs)
         self.kinds = ("block",) * (not self._config["blocks"]) + ("width",) * bool(self._config["channels"])
-        names = {"block": CHOICES, "width": tuple(f"{ratio:g}x" for ratio in self.ratios)}
         # Genes of one kind of search mean nothing in another.
         if "width" in self.kinds:
             self.name = f"{type(self).name}+widths" if "block" in self.kinds else f"{type(self).name}_widths"
+        if self.bits:
+            self.name += "+bits" if self.kinds else "_bits"
+            self.kinds += ("bits",)
+        names = {
+            "block": CHOICES,
+            "width": tuple(f"{ratio:g}x" for ratio in self.ratios),
+            "bits": bit_names(self.bits),
+        }
         self.choices = tuple(names[kind] for _ in self._blocks for kind in self.kinds)
+        self.references = {"bits": bit_names(further)}
         self.cost_tables = self._make_cost_tables()
 
     def config(self) -> dict[str, Any]:
@@ -158,7 +193,7 @@ class ShuffleNetV2(Space):
         """A freshly initialised supernet, batch normalisation without scale and shift as published."""
         first_conv, conv_last, classifier = self._ends(affine=False)
         features = [
-            [block.module(choice, block.mid_channels[-1], affine=False) for choice in block.candidates]
+            [self._quantized(block.module(choice, block.mid_channels[-1], affine=False)) for choice in block.candidates]
             for block in self._blocks
         ]
         net = Supernet(
@@ -169,46 +204,82 @@ class ShuffleNetV2(Space):
             self._config["dropout"],
             route=self._route,
             build=self.build,
+            entries=(lambda block, setting: step_entries(block, *setting[1:])) if self.bits else None,  # type: ignore[index]
         )
-        if self._config["init"] == "published":
-            _initialize_as_published(net)
+        self._initialize(net)
         return net
 
     def build(self, arch: Architecture) -> Network:
-        """A freshly initialised stand-alone network, batch normalisation with scale and shift.
+        """A freshly initialised stand-alone network, batch normalisation with scale and shift, with the architecture's
+        bits only.
 
         Raises:
             InputError: the architecture is not of this space.
         """
-        route = self._route(arch)
         first_conv, conv_last, classifier = self._ends(affine=True)
         features = [
-            block.module(block.candidates[choice], mid, affine=True)
-            for block, (choice, mid) in zip(self._blocks, route, strict=True)
+            self._quantized(block.module(block.candidates[choice], mid, affine=True), bits)
+            for block, choice, mid, bits in self._chosen(arch)
         ]
         net = Network(first_conv, features, conv_last, classifier, self._config["dropout"])
-        if self._config["init"] == "published":
-            _initialize_as_published(net)
+        self._initialize(net)
         return net
 
     def baselines(self) -> dict[str, Architecture]:
-        """Each choice block everywhere, at the ratio nearest to 1; or that ratio everywhere if only widths are
-        searched.
+        """Each choice block everywhere, at the ratio nearest to 1; or that ratio everywhere if no blocks are searched.
+        With ``bits`` each of these at all ``uniform_bits``.
         """
         width = min(range(len(self.ratios)), key=lambda index: abs(self.ratios[index] - 1))
-        if "block" not in self.kinds:
-            return {f"all_{self.choices[0][width]}": self.everywhere(width)}
-        usual = (width,) if "width" in self.kinds else ()
-        return {f"all_{name}": self.everywhere(choice, *usual) for choice, name in enumerate(CHOICES)}
+        usual: dict[str, tuple[int, ...]] = {"": ()}
+        if "block" in self.kinds:
+            there = (width,) if "width" in self.kinds else ()
+            usual = {name: (choice, *there) for choice, name in enumerate(CHOICES)}
+        elif "width" in self.kinds:
+            usual = {f"{self.ratios[width]:g}x": (width,)}
+        if self.bits:
+            pairs = self._config["uniform_bits"]
+            usual = {
+                f"{name}_{bits}".lstrip("_"): (*genes, self._pairs.index(pair))
+                for name, genes in usual.items()
+                for bits, pair in zip(bit_names(pairs), pairs, strict=True)
+            }
+        return {f"all_{name}": self.everywhere(*genes) for name, genes in usual.items()}
 
-    def _route(self, arch: Architecture) -> list[tuple[int, int]]:
-        """For every layer the index of its candidate block and its mid channels."""
+    def _chosen(self, arch: Architecture) -> list[tuple[_Block, int, int, int]]:
+        """For every layer its sizes, the index of its candidate block, its mid channels, and the index of its bits."""
         genes, of_kind = self.architecture(arch).genes, {}
         for position, kind in enumerate(self.kinds):
             of_kind[kind] = genes[position :: len(self.kinds)]
         fixed = (0,) * len(self._blocks)  # what is not searched has one candidate
-        chosen = zip(self._blocks, of_kind.get("block", fixed), of_kind.get("width", fixed), strict=True)
-        return [(choice, block.mid_channels[width]) for block, choice, width in chosen]
+        of_layer = zip(self._blocks, *(of_kind.get(kind, fixed) for kind in ("block", "width", "bits")), strict=True)
+        return [(block, choice, block.mid_channels[width], bits) for block, choice, width, bits in of_layer]
+
+    def _route(self, arch: Architecture) -> list[Step]:
+        """For every layer the index of its candidate block, and its mid channels; with bits, these and the indices of
+        the weights' and the activations' bit-widths.
+        """
+        return [
+            (choice, (mid, *self._indices[bits]) if self.bits else mid) for _, choice, mid, bits in self._chosen(arch)
+        ]
+
+    def _quantized(self, unit: Unit, pair: int | None = None) -> nn.Module:
+        """The unit with all searched bits, or with those of one pair; the unit itself in a space without bits."""
+        if not self.bits:
+            return unit
+        return QuantUnit(
+            unit,
+            weight_bits=self._weight_bits if pair is None else self._pairs[pair][0],
+            act_bits=self._act_bits if pair is None else self._pairs[pair][1],
+            weight_quantizer=self._config["weight_quantizer"],
+            act_quantizer=self._config["act_quantizer"],
+        )
+
+    def _initialize(self, net: nn.Module) -> None:
+        if self._config["init"] == "published":
+            _initialize_as_published(net)
+        for module in net.modules():
+            if isinstance(module, QuantConv2d):
+                module.start_weight_steps()
 
     def _ends(self, affine: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         stem, head, last = self._config["stem_channels"], self._config["head_channels"], self._blocks[-1].out_channels
@@ -242,20 +313,25 @@ class ShuffleNetV2(Space):
         stem = (9 * self.in_channels * config["stem_channels"], self._blocks[0].input_size)
         head = (last.out_channels * config["head_channels"], last.output_size)
         classifier = (config["head_channels"] * self.num_classes, 1)
-        shape = [len(names) for names in self.choices[: len(self.kinds)]]
+        shape = [len(self.candidates(gene)) for gene in range(len(self.kinds))]
 
-        def table(measure: Any) -> CostTable:
+        def table(measure: Callable[[list[tuple[int, int]]], int], quantized: bool = False) -> CostTable:
             layers = []
             for block in self._blocks:
-                pairs = itertools.product(block.candidates, block.mid_channels)
-                costs = [measure(block.convolutions(choice, mid)) for choice, mid in pairs]
+                worth = [weights * activations if quantized else 1 for weights, activations in self._pairs or [(1, 1)]]
+                genes = itertools.product(block.candidates, block.mid_channels, worth)
+                costs = [measure(block.convolutions(choice, mid)) * each for choice, mid, each in genes]
                 layers.append(np.array(costs, dtype=np.int64).reshape(shape))
-            return CostTable(measure([stem, head, classifier]), tuple(layers))
+            return CostTable(0 if quantized else measure([stem, head, classifier]), tuple(layers))
 
-        return {
-            "macs": table(lambda convolutions: sum(weights * size**2 for weights, size in convolutions)),
+        def macs(convolutions: list[tuple[int, int]]) -> int:
+            return sum(weights * size**2 for weights, size in convolutions)
+
+        tables = {
+            "macs": table(macs),
             "params": table(lambda convolutions: sum(weights for weights, _ in convolutions)),
         }
+        return tables | {"bitops": table(macs, quantized=True)} if self.bits else tables
 
     def _check_config(self) -> None:
         config = self._config
@@ -304,10 +380,16 @@ class ShuffleNetV2(Space):
                     raise InputError(f"channels: {equal} both give {mid} channels in a stage of {width // 2}")
         if channels and scaled_channels(narrowest, channels[0]) < 1:
             raise InputError(f"channels: {channels[0]:g} leaves none of the first stage's {narrowest} mid channels")
+        for name, known in (
+            ("weight_quantizer", "dorefa or lsq"),
+            ("act_quantizer", "lsq or lsq+, as PACT clips at 0"),
+        ):
+            if name in self._config and self._config[name] not in known.split(",")[0].split(" or "):
+                raise InputError(f"{name}: got {self._config[name]!r}; expected {known}")
         if blocks is None:
             return
-        if channels is None:
-            raise InputError("blocks: with all of them fixed nothing is left to search; give channels too")
+        if channels is None and "bits" not in self._config:
+            raise InputError("blocks: with all of them fixed nothing is left to search; give channels or bits too")
         layers = sum(self._config["stage_repeats"])
         if len(blocks) not in (1, layers):
             raise InputError(f"blocks: got {len(blocks)}; expected one for each of the {layers} layers, or one for all")

@@ -20,7 +20,7 @@ from spos_fast.analysis.run_data import read_run
 from spos_fast.analysis.summary import (
     comparison,
 )
-from spos_fast.config import SECTIONS, config_from, merged, parse_flag, plain, settings_of
+from spos_fast.config import SECTIONS, Config, config_from, merged, parse_flag, plain, settings_of
 from spos_fast.errors import InputError
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import ShuffleNetV2
@@ -338,7 +338,8 @@ def test_the_commands_make_the_same_settings(full_run: Path, paper_run: Path, wi
                     kind = next(kind for name, kind, _, _ in settings_of(section) if name == key)
                     given = merged(given, {section: {key: parse_flag(name, text, kind)}})
         assert set(given) - {"seed"} <= set(SECTIONS)
-        assert plain(config_from(given, "commands")) == json.loads((run / "config.json").read_text())
+        stored = json.loads((run / "config.json").read_text())
+        assert plain(config_from(given, "commands")) == {**plain(Config()), **stored}
         assert architectures == (["all", "0-1-2-3-0-1-2"] if run == full_run else [])
 
 

@@ -44,7 +44,7 @@ def _fake_quant() -> list[Arguments]:
     for dtype in DTYPES:
         for position, (mode, signed, axis, index) in enumerate(_QUANTIZERS):
             shape = ((3, 5, 7, 9), (2, 40, 3, 3), (4, 17, 5, 1))[position % 3]
-            x = torch.randn(shape, generator=generator).to(dtype)
+            x = (torch.randn(shape, generator=generator) + 0.4).to(dtype)
             entries = (5,) if axis < 0 else (5, shape[axis])
             high = 2.0 if mode.startswith("pact") else 0.3
             step = high * (0.7 + torch.rand(entries, generator=generator).to(_wide(dtype)))
@@ -62,7 +62,7 @@ def _fake_quant_backward() -> list[Arguments]:
     generator = torch.Generator().manual_seed(11)
     found = []
     for position, (x, *rest) in enumerate(_fake_quant()):
-        grad = torch.randn(x.shape, generator=generator).to(x.dtype)
+        grad = (torch.rand(x.shape, generator=generator) + 0.1).to(x.dtype)  # sums of one sign, which cancel nothing
         found.append((torch.empty_like(x).copy_(grad) if position % 2 else grad, x, *rest))
     return found
 
@@ -107,7 +107,7 @@ def _quantize_codes_backward() -> list[Arguments]:
     generator = torch.Generator().manual_seed(15)
     found = []
     for position, (x, *rest) in enumerate(_quantize_codes()):
-        grad = torch.randn(x.shape, generator=generator).to(x.dtype)
+        grad = (torch.rand(x.shape, generator=generator) + 0.1).to(x.dtype)
         found.append((grad.contiguous(memory_format=LAST) if position % 3 else grad, x, *rest))
     return found
 

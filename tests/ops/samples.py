@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from tests.ops.block_samples import BLOCK_SAMPLES
 from tests.ops.norm_samples import NORM_SAMPLES
+from tests.ops.quant_conv_samples import QUANT_CONV_SAMPLES
 from tests.ops.quant_samples import QUANT_SAMPLES
 from tests.ops.sliced_samples import SLICED_SAMPLES
 from tests.ops.unit_samples import UNIT_SAMPLES
@@ -24,6 +25,7 @@ Arguments = tuple[Any, ...]
 SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     **BLOCK_SAMPLES,
     **NORM_SAMPLES,
+    **QUANT_CONV_SAMPLES,
     **QUANT_SAMPLES,
     **SLICED_SAMPLES,
     **UNIT_SAMPLES,

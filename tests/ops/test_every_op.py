@@ -77,7 +77,7 @@ def widened(arguments: Arguments) -> Arguments:
 
 def packed(x: Tensor) -> Tensor:
     """The bytes of a tensor of any layout."""
-    return x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return x.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def identical(a: Any, b: Any) -> bool:

@@ -92,16 +92,19 @@ def test_weight_codes_are_the_quantized_weights(mode: str, per_channel: bool, dt
         step = None
         if mode == "lsq":
             step = (torch.rand((1, 18) if per_channel else (1,), generator=generator, dtype=wide) + 0.1) * 2 / 2**bits
-        values = ops.quantize_weights(weight, bits, mode=mode, step=step, per_channel=per_channel)
+        given = (step, BITS[bits - 1 : bits], torch.tensor(0), mode, per_channel)
         for laid_out in (weight, weight.contiguous(memory_format=LAST)):
+            values = ops.quantize_weights(laid_out, bits, mode=mode, step=step, per_channel=per_channel)
             for run in (weight_codes, ops.weight_codes_reference):
-                codes, scale = run(laid_out, step, BITS[bits - 1 : bits], torch.tensor(0), mode, per_channel)
+                codes, scale = run(laid_out, *given)
                 assert codes.dtype == torch.int8 and codes.stride() == laid_out.stride()
                 assert scale.shape == (18,) and scale.dtype == wide
                 if mode == "dorefa" and bits == 8:
                     assert scale.isnan().all()
-                else:
-                    assert torch.equal((codes * scale[:, None, None, None]).to(dtype), values)
+                    continue
+                got = (codes * scale[:, None, None, None]).to(dtype)
+                assert torch.equal(codes, weight_codes(laid_out, *given)[0])
+                assert torch.equal(got, values) if run is weight_codes else torch.allclose(got, values, rtol=1e-6)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -1,0 +1,349 @@
+"""quant_conv2d against the same thing composed of PyTorch's functions in double, and what it keeps and promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spos_fast import ops
+from spos_fast.errors import InputError
+from spos_fast.ops import integer_conv
+from spos_fast.ops.dispatch import OPS
+from tests.ops import composed_quant
+from tests.ops.samples import SAMPLES
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+LAST = torch.channels_last
+BITS = torch.arange(1, 9, dtype=torch.int32)
+INTEGERS = pytest.mark.skipif(not integer_conv.available(), reason="this PyTorch has no oneDNN convolution on integers")
+# N, C, H, W, C_out, kernel, groups, stride, padding, dilation
+SHAPES = {
+    "3x3": (2, 9, 7, 6, 12, 3, 1, 1, 1, 1),
+    "strided 1x1": (2, 8, 7, 6, 5, 1, 1, 2, 0, 1),
+    "depthwise": (2, 17, 6, 7, 17, 3, 17, 1, 1, 1),
+    "groups": (1, 8, 9, 9, 12, 3, 4, 2, 2, 2),
+    "one channel": (2, 1, 5, 5, 1, 5, 1, 1, 2, 1),
+}
+
+
+class Given:
+    """Random arguments of one convolution, all differentiable."""
+
+    def __init__(
+        self,
+        name: str = "3x3",
+        dtype: torch.dtype = torch.float32,
+        *,
+        act: int = 4,
+        weight: int = 4,
+        act_mode: str = "pact",
+        weight_mode: str = "dorefa",
+        per_channel: bool = False,
+    ) -> None:
+        n, c, h, w, out, k, groups, stride, padding, dilation = SHAPES[name]
+        generator = torch.Generator().manual_seed(7 * act + weight)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        step = (
+            0.4 + torch.rand(8, out, generator=generator) if per_channel else 0.4 + torch.rand(8, generator=generator)
+        )
+        step = step / (2.0 ** (BITS - 1)).view(-1, *[1] * (step.dim() - 1))
+        alpha = 1.5 + torch.rand(8, generator=generator)
+        self.tensors: dict[str, Tensor | None] = {
+            "x": randn(n, c, h, w).to(dtype).contiguous(memory_format=LAST),
+            "weight": (randn(out, c // groups, k, k) * 0.5).to(dtype),
+            "bias": randn(out).to(dtype),
+            "scale": (0.5 + torch.rand(c, generator=generator)).to(wide),
+            "shift": randn(c).to(wide),
+            "act_step": (alpha / (2.0**BITS - 1) if act_mode == "lsq" else alpha).to(wide),
+            "weight_step": step.to(wide) if weight_mode == "lsq" else None,
+        }
+        size, parameter = 2**act - 1, self.tensors["act_step"][act - 1].double()
+        along = self.tensors["scale"][:, None, None].double(), self.tensors["shift"][:, None, None].double()
+        in_steps = 1 / parameter if act_mode == "lsq" else size / parameter
+        self.tensors["x"] = composed_quant.away_from_ties(
+            self.tensors["x"], lambda x: (x * along[0] + along[1]) * in_steps
+        )
+        if weight_mode == "lsq":
+            steps = self.tensors["weight_step"][weight - 1].double()
+            steps = steps[:, None, None, None] if per_channel else steps
+            self.tensors["weight"] = composed_quant.away_from_ties(self.tensors["weight"], lambda w: w / steps)
+        elif weight > 1:
+            greatest = self.tensors["weight"].abs().max()
+            self.tensors["weight"] = composed_quant.away_from_ties(
+                self.tensors["weight"],
+                lambda w: torch.where(w.abs() < greatest, composed_quant.dorefa_unit(w) * (2**weight - 1), 0.25),
+            )
+        for value in self.tensors.values():
+            if value is not None:
+                value.requires_grad_()
+        self.act, self.weight, self.act_mode, self.weight_mode, self.per_channel = (
+            act,
+            weight,
+            act_mode,
+            weight_mode,
+            per_channel,
+        )
+        self.settings: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    def ours(self, **changes: Any) -> Any:
+        """By the op."""
+        arguments = {**self.tensors, **self.settings, "act_mode": self.act_mode, "weight_mode": self.weight_mode}
+        arguments |= dict(act_bits=BITS, act_index=self.act - 1, weight_bits=BITS, weight_index=self.weight - 1)
+        return ops.quant_conv2d(**(arguments | {"per_channel": self.per_channel} | changes))
+
+    def composed(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """In double, from leaves of their own; the output and these leaves."""
+        leaves = {name: v.detach().double().requires_grad_() for name, v in self.tensors.items() if v is not None}
+        step = leaves["weight_step"][self.weight - 1] if self.weight_mode == "lsq" else None
+        if step is not None and self.per_channel:
+            step = step[:, None, None, None]
+        y = composed_quant.convolution(
+            leaves["x"],
+            leaves["weight"],
+            leaves["bias"],
+            leaves["scale"],
+            leaves["shift"],
+            leaves["act_step"][self.act - 1],
+            self.act,
+            self.act_mode,
+            step,
+            self.weight,
+            **self.settings,
+        )
+        return y, leaves
+
+
+@INTEGERS
+@pytest.mark.parametrize("act", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize(
+    ("weight_mode", "weight"), [("dorefa", k) for k in (1, 2, 4, 7)] + [("lsq", k) for k in (1, 3, 8)]
+)
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_integers_are_exact(name: str, weight_mode: str, weight: int, act: int) -> None:
+    """On codes every value is the double convolution of fake-quantized values but for the rounding of two steps, their
+    product and the result: no sum is rounded, nothing saturates."""
+    given = Given(name, act=act, weight=weight, weight_mode=weight_mode)
+    made, exact = given.ours(bias=None).detach(), given.composed()[0].detach()
+    exact -= given.tensors["bias"].detach().double()[:, None, None]
+    # The composed sums are rounded too, in double, and the bias leaves a rounding where values are small.
+    torch.testing.assert_close(made.double(), exact, rtol=3e-7, atol=1e-14 * float(exact.abs().max()))
+    assert made.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("weight_mode", ["dorefa", "lsq"])
+@pytest.mark.parametrize("act_mode", ["pact", "pact_residual", "lsq"])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_gradients(name: str, act_mode: str, weight_mode: str, per_channel: bool) -> None:
+    """Of all arguments, through the output and its statistics, against composed autograd in double; in double to its
+    last digits, in float32 to a few roundings. Entries that were not picked get exactly zero."""
+    if weight_mode == "dorefa" and per_channel:
+        pytest.skip("the composed one is per tensor")
+    for bits in (1, 2, 4, 8):
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+            given = Given(
+                name, dtype, act=bits, weight=bits, act_mode=act_mode, weight_mode=weight_mode, per_channel=per_channel
+            )
+            wanted, leaves = given.composed()
+            generator = torch.Generator().manual_seed(bits)
+            slope = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+            of_mean, of_m2 = torch.randn(2, wanted.shape[1], generator=generator, dtype=torch.float64)
+            mean = wanted.mean((0, 2, 3))
+            m2 = (wanted - mean[:, None, None]).square().sum((0, 2, 3))
+            ((wanted * slope).sum() + (mean * of_mean).sum() + (m2 * of_m2).sum()).backward()
+            made = given.ours(statistics=True)
+            torch.testing.assert_close(made.mean.double(), mean, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(made.m2.double(), m2, rtol=tolerance, atol=tolerance)
+            loss = (made.z.double() * slope).sum() + (made.mean.double() * of_mean).sum()
+            (loss + (made.m2.double() * of_m2).sum()).backward()
+            for argument, leaf in leaves.items():
+                got, exact = given.tensors[argument].grad.double(), leaf.grad
+                size = exact.norm() + (
+                    leaves["x"].grad.norm() if argument == "act_step" else 0
+                )  # a sum that may cancel
+                error = float((got - exact).norm() / size)
+                assert error < tolerance, (argument, bits, dtype, error)
+                if argument.endswith("step"):
+                    others = [k for k in range(8) if k != bits - 1]
+                    assert not got[others].any()
+
+
+def test_keeps_codes_and_no_copies() -> None:
+    """What autograd keeps beside the arguments and the output is one byte for each value of x."""
+    given = Given()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        out = given.ours(statistics=True)
+    known = {
+        value.untyped_storage().data_ptr() for value in (*given.tensors.values(), out.z, BITS) if value is not None
+    }
+    new = [value for value in kept if value.untyped_storage().data_ptr() not in known]
+    x = given.tensors["x"]
+    assert sum(value.nbytes for value in new) <= x.numel() + 4 * out.z.shape[1] + 3 * 8
+    assert [value.dtype for value in new if value.numel() == x.numel()] == [torch.uint8]
+
+
+@pytest.mark.parametrize("name", ["3x3", "depthwise"])
+def test_slices(name: str) -> None:
+    """First channels only: the bits of a call on the stored slice, gradients of exactly zero outside, NaN unread."""
+    given = Given(name, weight_mode="lsq", per_channel=True)
+    x, weight, bias = (given.tensors[key].detach() for key in ("x", "weight", "bias"))
+    used_in, used_out = (5, 8) if name == "3x3" else (5, 5)
+    weight[used_out:] = torch.nan
+    if name == "3x3":
+        weight[:, used_in:] = torch.nan
+    x[:, used_in:] = torch.nan
+    cut = {key: given.tensors[key][:used_in].detach().requires_grad_() for key in ("scale", "shift")}
+    changes = dict(in_channels=used_in, out_channels=used_out, **cut)
+    leaves = {key: given.tensors[key].requires_grad_() for key in ("x", "weight", "bias", "weight_step")}
+    whole = given.ours(**changes)
+    stored = weight[:used_out, :used_in] if name == "3x3" else weight[:used_out]
+    small = given.ours(
+        x=x[:, :used_in].detach().contiguous(memory_format=LAST),
+        weight=stored.detach().clone(),
+        bias=bias[:used_out].detach(),
+        weight_step=leaves["weight_step"][:, :used_out].detach(),
+        groups=1 if name == "3x3" else used_out,
+        **cut,
+    )
+    assert torch.equal(whole, small) and whole.isfinite().all()
+    whole.sum().backward()
+    assert leaves["weight"].grad[:used_out].any() and not leaves["weight"].grad[used_out:].any()
+    assert not leaves["x"].grad[:, used_in:].any() and not leaves["weight_step"].grad[:, used_out:].any()
+    assert leaves["weight"].grad.isfinite().all() and leaves["x"].grad.isfinite().all()
+
+
+def test_nan_is_not_swallowed() -> None:
+    """A NaN in x, or in the weights, shows in the result; the next call is not touched by it."""
+    given = Given()
+    clean = given.ours()
+    for name in ("x", "weight", "act_step"):
+        broken = given.tensors[name].detach().clone()
+        broken[(3,) if name == "act_step" else (0, 0, 0, 0)] = torch.nan
+        assert given.ours(**{name: broken}).isnan().any()
+        assert torch.equal(given.ours(), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Under autocast the result has its dtype; weights are quantized as they are stored, and their gradients too."""
+    given = Given()
+    x, weight = given.tensors["x"], given.tensors["weight"]
+    with torch.autocast("cpu", dtype):
+        made = given.ours(statistics=True)
+    assert made.z.dtype == dtype and made.mean.dtype == torch.float32
+    direct = given.ours(x=x.detach().to(dtype), bias=given.tensors["bias"].detach())
+    assert torch.equal(made.z, direct)
+    made.z.float().sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_without_vnni_or_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that cannot add products of 8 bits, or have no convolution on integers: the same values, in float."""
+    given = Given(act=8, weight=7)
+    exact = given.composed()[0].detach()
+    wanted = given.ours().detach().double()
+    torch.testing.assert_close(wanted, exact, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(integer_conv, "most_activation_bits", lambda: 7)
+    torch.testing.assert_close(given.ours().double(), exact, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(integer_conv, "available", lambda: False)
+    torch.testing.assert_close(given.ours().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights() -> None:
+    """Weights that stay packed give the bits of the op, for other images, sizes and bits of the activations."""
+    given = Given("3x3")
+    arguments = {name: given.tensors[name] for name in ("act_step", "weight_step")} | given.settings
+    arguments |= dict(act_bits=BITS, act_mode="pact", weight_bits=BITS, weight_index=3, weight_mode="dorefa")
+    packed = ops.PackedConv2d(
+        given.tensors["weight"], given.tensors["bias"], per_channel=False, in_channels=None, out_channels=7, **arguments
+    )
+    affine = {name: given.tensors[name] for name in ("scale", "shift")}
+    for size, bits in ((7, 4), (7, 2), (9, 8), (7, 4)):
+        x = torch.randn(3, 9, size, 6).contiguous(memory_format=LAST)
+        made = packed(x, bits - 1, **affine)
+        assert not made.requires_grad
+        assert torch.equal(made, given.ours(x=x, act_index=bits - 1, out_channels=7))
+
+
+def test_opcheck() -> None:
+    """Schema, fake, autograd and AOT dispatch, as torch checks them."""
+    for arguments in SAMPLES["quant_conv2d"]():
+        first, *rest = arguments
+        torch.library.opcheck(OPS["quant_conv2d"].overload, (first.requires_grad_(), *rest))
+
+
+def test_compiled_draws_of_bits() -> None:
+    """100 random draws of bits as tensors are one graph forwards and one backwards, and give eager's bits."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    given = Given(weight_mode="lsq")
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(act: Tensor, weight: Tensor) -> Tensor:
+        made = given.ours(act_index=act, weight_index=weight, statistics=True)
+        return made.z * (made.m2 + 1).rsqrt()[:, None, None]
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    draws = torch.randint(0, 8, (100, 2), generator=torch.Generator().manual_seed(0))
+    for position, (act, weight) in enumerate(draws):
+        out = compiled(act, weight)
+        if position % 10 == 0:
+            wanted = torch.autograd.grad(step(act, weight).sum(), given.tensors["act_step"])[0]
+            assert torch.equal(out, step(act, weight))
+            assert torch.equal(torch.autograd.grad(out.sum(), given.tensors["act_step"])[0], wanted)
+    assert counter.frame_count <= 2
+
+
+def test_export() -> None:
+    """torch.export takes it as one op, for any batch size."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
+            return ops.quant_conv2d(x, weight, act_step=alpha, act_bits=4, weight_bits=3, padding=1)
+
+    x, weight, alpha = torch.randn(4, 3, 6, 6), torch.randn(5, 3, 3, 3), torch.tensor([2.0])
+    program = torch.export.export(
+        Module(), (x, weight, alpha), dynamic_shapes=[{0: torch.export.Dim("batch", min=2, max=64)}, None, None]
+    )
+    other = torch.randn(9, 3, 6, 6)
+    assert torch.equal(program.module()(other, weight, alpha), Module()(other, weight, alpha))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """An error, not a gradient of zero."""
+    given = Given()
+    (grad,) = torch.autograd.grad(given.ours().square().sum(), given.tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="quant_conv2d"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(in_channels=10), "in_channels must be from 1 to 9"),
+        (dict(out_channels=0), "out_channels must be from 1 to 12"),
+        (dict(act_mode="lsq+"), "mode must be"),
+        (dict(weight_step=torch.ones(8)), "weight_step must be given for lsq"),
+        (dict(shift=None), "scale and shift must be given both"),
+        (dict(stride=0), "stride must be"),
+        (dict(padding=-1), "padding must be"),
+        (dict(weight_index=8), "index must be from 0 to"),
+        (dict(act_step=torch.ones(3)), r"act_step must be \[8\]"),
+        (dict(bias=torch.ones(3)), r"bias must be \[12\]"),
+        (dict(groups=2), "groups: got 2.*all 18"),
+        (dict(x=torch.ones(2, 9, 0, 3)), "x must hold at least one value"),
+        (dict(weight=torch.ones(12, 9, 11, 3)), "x must be as large as the kernel"),
+    ],
+)
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    """One line that names the argument, before anything is computed."""
+    with pytest.raises(InputError, match=message):
+        Given().ours(**changes)

@@ -218,11 +218,11 @@ def quantize_codes_kernel(
         value = tl.load(x + row * x_distance + channel[None, :], mask=mask, other=0.0).to(WIDE)
         value = activation(value, scale, shift, channel, in_range, False)
         code = code_of(ratio(value, size, WIDE), low, high, single, False, WIDE)
-        missing = (code != code) & mask
+        missing = code != code
         tl.store(codes + row * channels + channel[None, :], tl.where(missing, 0.0, code).to(tl.uint8), mask=mask)
         # All who write it write the same.
-        none = tl.max(tl.max(missing.to(tl.int32), axis=1), axis=0)
-        tl.store(step_used, float("nan"), mask=none > 0)
+        found = tl.max(tl.max((missing & mask).to(tl.int32), axis=1), axis=0)
+        tl.store(step_used, float("nan"), mask=found > 0)
 
 
 class Layout(NamedTuple):

@@ -105,7 +105,7 @@ SPOS_SIMD_INLINE void dorefa_run(const T* weights, int64_t size, const Scale<A>&
 template <typename A, bool kWhole, typename Pack>
 SPOS_SIMD_INLINE void store_codes(int8_t* to, const Pack& code, int64_t lanes, Pack& bad) {
     const Pack zero{};
-    bad = code == code ? bad : code;
+    bad += code * 0;  // codes are finite or NaN
     const BytePack bytes = bytes_of(code == code ? code : zero);
     std::memcpy(to, &bytes, kWhole ? kPack : lanes);
 }

@@ -32,6 +32,7 @@ COMMANDS = {
     "report": "write report.html from what the run folder holds",
 }
 LATENCY = "measure the latency of every choice on this device, as a table that a search can be limited by"
+EXPORT = "write a retrained network as an ONNX file, or as a checkpoint packed to its bits"
 NASBENCH = "NAS-Bench-101: every cell, and the benchmark as a table"
 PRESET_NAMES = sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
 # Settings that a command shows; the ones of earlier stages come from the run folder.
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 0
     except KeyboardInterrupt:
-        further = "nothing was written" if given[:1] == ["latency"] else "run the same command again to go on"
+        begun = given[:1] not in (["latency"], ["export"])
+        further = "run the same command again to go on" if begun else "nothing was written"
         print(f"\nspos-fast: interrupted; {further}", file=sys.stderr)
         return 130
     return 0
@@ -98,6 +100,12 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.command == "report":
         print(f"report: {write_report(_existing(options.folder))}")
+        return
+    if options.command == "export":
+        from spos_fast.export import commands as export
+
+        _existing(options.folder)
+        export.run(options, _device(options.device))
         return
     preset, flags = read_config(options.config) if options.config else {}, _flags(options)
     _drop_other_sizes(preset, flags)
@@ -327,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])
     _add_latency(commands)
+    _add_export(commands)
     commands.add_parser("nasbench", help=NASBENCH)  # for the list of commands; _nasbench takes what follows
     return parser
 
@@ -346,6 +355,17 @@ def _add_latency(commands: Any) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
     _add_settings(command, SECTIONS_OF["latency"])
+
+
+def _add_export(commands: Any) -> None:
+    usage = "spos-fast export --folder FOLDER --out FILE ..."
+    command = commands.add_parser(
+        "export", help=EXPORT, description=EXPORT[0].upper() + EXPORT[1:] + ".", usage=usage, allow_abbrev=False
+    )
+    from spos_fast.export.commands import add_options
+
+    add_options(command)
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:

@@ -367,11 +367,14 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
         for variant in SECTIONS[section]:
             first_line = (variant.__doc__ or "").strip().splitlines()[0]
             group = command.add_argument_group(f"{section}: {first_line.rstrip('.')}")
+            shared: list[str] = []
             for name, _, default, text in documented_fields(variant):
+                shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
                 if name in there:  # spaces share some settings
+                    if name != "name":
+                        shared.append(f"{name} (default {shown})" if shown != "" else name)
                     continue
                 there.add(name)
-                shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
                 text = text.rstrip(".").replace("%", "%%")
                 flags = [f"--{section}.{name}"]
                 if section == "consistency":  # the settings of this command alone
@@ -384,6 +387,8 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
                     metavar="VALUE",
                     help=f"{text} (default {shown})" if shown != "" else text,
                 )
+            if shared:
+                group.description = f"and, as above: {', '.join(shared)}"
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:

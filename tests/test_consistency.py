@@ -14,6 +14,8 @@ from spos_fast import InputError, consistency
 from spos_fast.analysis.ranks import rank_statistics
 from spos_fast.cli import main
 from spos_fast.config import ConsistencyConfig
+from spos_fast.console import Console
+from spos_fast.evaluation import Score
 from spos_fast.nasbench import NASBench201
 from spos_fast.spaces import NASBench201 as Cells
 from spos_fast.spaces import NASBenchMacro as Macro
@@ -192,6 +194,19 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(finished, macro_table, tm
     assert _run(tmp_path / "run", macro_table, *flags) == 0
     expected = {name: _scores(finished)[name] for name in ("ema_64_in_128", "ema_64_in_128_step_6")}
     assert _scores(tmp_path / "run") == expected
+
+
+def test_the_time_that_is_left_is_told_when_a_call_has_been_scored(capsys, monkeypatch):
+    """Candidates of one call come at once; from the first of them the time left would be too long by their number."""
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    console = Console()
+    console.resumed("none_n100", 0, 100)
+    monkeypatch.setattr("time.monotonic", lambda: 130.0)
+    score = Score(0.5, 1.0, 10)
+    for number in range(1, 51):
+        console.candidate("none_n100", number, 100, score, score)
+    console.generation("none_n100", 50, 100)
+    assert capsys.readouterr().err == "none_n100: 50 of 100, accuracy 50.00%, best 50.00%, 30 s left\n"
 
 
 def test_scores_meet_the_rows_of_their_own_cells(tmp_path):

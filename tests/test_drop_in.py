@@ -12,8 +12,8 @@ def test_the_page_runs(tmp_path):
     """All snippets, word for word and one after another, in a fresh interpreter and another folder: their own checks
     hold, and nothing warns of misuse."""
     snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(snippets) == 10
-    assert sum(snippet.count("assert") for snippet in snippets) == 9
+    assert len(snippets) == 14
+    assert sum(snippet.count("assert") for snippet in snippets) == 12
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(snippets)],
         cwd=tmp_path,

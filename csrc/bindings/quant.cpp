@@ -387,9 +387,8 @@ std::tuple<Tensor, Tensor> weight_codes_cpu(const Tensor& weight, const MaybeTen
                                 parallel_for);
         const int64_t shared = per_channel ? given.shape.columns : weight.numel();
         for (int64_t c = 0; c < channels; ++c)
-            scales[c] = selection.bits == 8 ? std::nan("")
-                                            : spos::cpu::dorefa_scale(given.dtype, extents[per_channel ? c : 0], shared,
-                                                                      selection.bits);
+            scales[c] = (selection.bits == 8 ? 2 : 1) *
+                        spos::cpu::dorefa_scale(given.dtype, extents[per_channel ? c : 0], shared, selection.bits);
     }
     for (int64_t c = 0; c < channels; ++c) set_value(scale, c, numbers[c] ? scales[c] : std::nan(""));
     return {given.laid_out(codes, weight, ScalarType::Char, 1), scale};

@@ -43,7 +43,7 @@ SPOS_SIMD_INLINE void quantize_strip(const T* from, const Strip& strip, const Qu
 template <typename T, typename A>
 SPOS_SIMD_INLINE void pass_strip_back(const T* grad, const T* x, const Strip& strip, const Quantizer& quantizer,
                                       const A* steps, const A* offsets, T* to, double* step_sums, double* offset_sums) {
-    const A low = quantizer.low, high = quantizer.high;
+    const Inside<A> bounds(quantizer);
     const auto step = load_pack(steps), offset = load_pack(offsets);
     using Pack = std::remove_const_t<decltype(step)>;
     DoublePack step_total = load_pack(step_sums), offset_total = load_pack(offset_sums);
@@ -53,7 +53,7 @@ SPOS_SIMD_INLINE void pass_strip_back(const T* grad, const T* x, const Strip& st
             for (int64_t i = first; i < std::min(first + kExact, strip.count); ++i) {
                 const Pack g = load_lanes<whole>(grad + i * strip.stride, strip.lanes);
                 const Pack v = (load_lanes<whole>(x + i * strip.stride, strip.lanes) - offset) / step;
-                const auto passed = pass_back<single, residual>(g, v, low, high);
+                const auto passed = pass_back<single, residual>(g, v, bounds);
                 store_lanes<whole>(to + i * strip.stride, passed.inside, strip.lanes);
                 step_sum += passed.step;
                 offset_sum += g - passed.inside;

@@ -27,16 +27,17 @@ template <int64_t kCount, bool kWhole, typename T, typename A>
 SPOS_SIMD_INLINE A code_columns(const T* x, const Columns& columns, const A* scale, const A* shift, A step, A high,
                                 uint8_t* codes) {
     using Pack = decltype(load_pack(scale));
+    const Pack zero{}, most = zero + high;
     Pack scales[kCount], shifts[kCount], bad{};
     for (int64_t j = 0; j < kCount; ++j)
         scales[j] = load_pack(scale + j * kPack), shifts[j] = load_pack(shift + j * kPack);
     for (int64_t pixel = 0; pixel < columns.pixels; ++pixel, x += columns.pitch, codes += columns.pitch)
         for (int64_t j = 0; j < kCount; ++j) {
             const Pack value = load_lanes<kWhole>(x + j * kPack, columns.lanes);
-            const Pack v = (scales[j] * value + shifts[j]) / step, zero{};
-            const Pack code = code_of<false>(v, A(0), high);
+            const Pack v = (scales[j] * value + shifts[j]) / step;
+            const Pack raised = v > zero ? v : zero;  // a NaN is 0
             bad = v == v ? bad : v;
-            const BytePack bytes = bytes_of(v == v ? code : zero);
+            const BytePack bytes = bytes_of(raised > most ? most : raised);
             std::memcpy(codes + j * kPack, &bytes, kWhole ? kPack : columns.lanes);
         }
     A sum = 0;
@@ -46,8 +47,8 @@ SPOS_SIMD_INLINE A code_columns(const T* x, const Columns& columns, const A* sca
 
 template <int64_t kCount, bool kWhole, bool kResidual, typename T, typename A>
 SPOS_SIMD_INLINE double pass_columns_back(const T* grad, const T* x, const Columns& columns, const A* scale,
-                                          const A* shift, A step, A high, T* grad_x, double* scale_sums,
-                                          double* shift_sums) {
+                                          const A* shift, A step, const Inside<A>& bounds, T* grad_x,
+                                          double* scale_sums, double* shift_sums) {
     using Pack = decltype(load_pack(scale));
     Pack scales[kCount], shifts[kCount], scale_sum[kCount] = {}, shift_sum[kCount] = {}, step_sum[kCount] = {};
     for (int64_t j = 0; j < kCount; ++j)
@@ -57,7 +58,7 @@ SPOS_SIMD_INLINE double pass_columns_back(const T* grad, const T* x, const Colum
             const Pack g = load_lanes<kWhole>(grad + j * kPack, columns.lanes);
             const Pack value = load_lanes<kWhole>(x + j * kPack, columns.lanes);
             const Pack v = (scales[j] * value + shifts[j]) / step;
-            const auto passed = pass_back<false, kResidual>(g, v, A(0), high);
+            const auto passed = pass_back<false, kResidual>(g, v, bounds);
             store_lanes<kWhole>(grad_x + j * kPack, passed.inside * scales[j], columns.lanes);
             step_sum[j] += passed.step;
             shift_sum[j] += passed.inside;
@@ -95,17 +96,17 @@ SPOS_SIMD_INLINE void each_columns(int64_t channels, Body body) {
         });                                                                                                           \
         return bad;                                                                                                   \
     }                                                                                                                 \
-    SPOS_SIMD_CLONES double backward_block(const T* grad, const T* x, int64_t pixels, int64_t channels,               \
-                                           const A* scale, const A* shift, bool residual, A step, A high, T* grad_x,  \
-                                           double* scale_sums, double* shift_sums) {                                  \
+    SPOS_SIMD_CLONES double backward_block(                                                                           \
+        const T* grad, const T* x, int64_t pixels, int64_t channels, const A* scale, const A* shift, bool residual,   \
+        A step, const Inside<A>& bounds, T* grad_x, double* scale_sums, double* shift_sums) {                         \
         double sum = 0;                                                                                               \
         each_columns(channels, [&](int64_t c, auto count, auto whole, int64_t lanes) __attribute__((always_inline)) { \
             const Columns columns{pixels, channels, lanes};                                                           \
             sum += residual                                                                                           \
                        ? pass_columns_back<count, whole, true>(grad + c, x + c, columns, scale + c, shift + c, step,  \
-                                                               high, grad_x + c, scale_sums + c, shift_sums + c)      \
+                                                               bounds, grad_x + c, scale_sums + c, shift_sums + c)    \
                        : pass_columns_back<count, whole, false>(grad + c, x + c, columns, scale + c, shift + c, step, \
-                                                                high, grad_x + c, scale_sums + c, shift_sums + c);    \
+                                                                bounds, grad_x + c, scale_sums + c, shift_sums + c);  \
         });                                                                                                           \
         return sum;                                                                                                   \
     }
@@ -174,6 +175,7 @@ void backward(const void* grad, const void* x, int64_t pixels, int64_t channels,
     const Prologue<A> prologue(channels, scale, shift);
     const Pixels split(pixels, channels);
     const A size = *static_cast<const A*>(step);
+    const Inside<A> bounds(quantizer);
     const int64_t packed = prologue.scale.size();
     std::vector<double> step_partials(split.tasks), partials(2 * split.tasks * packed);
     parallel_for(split.tasks, [&](int64_t begin, int64_t end) {
@@ -183,8 +185,8 @@ void backward(const void* grad, const void* x, int64_t pixels, int64_t channels,
                 double* own = &partials[2 * task * packed];
                 step_partials[task] +=
                     backward_block(static_cast<const T*>(grad) + at, static_cast<const T*>(x) + at, count, channels,
-                                   prologue.scale.data(), prologue.shift.data(), quantizer.residual, size,
-                                   A(quantizer.high), static_cast<T*>(grad_x) + at, own, own + packed);
+                                   prologue.scale.data(), prologue.shift.data(), quantizer.residual, size, bounds,
+                                   static_cast<T*>(grad_x) + at, own, own + packed);
             });
     });
     *step_sum = 0;

@@ -2,7 +2,9 @@
 // stand in spos_fast/ops/quantizers.py.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "csrc/cpu/simd.h"
@@ -13,7 +15,7 @@ namespace spos::cpu {
 struct Quantizer {
     double low, high;  // codes
     bool single;       // one signed bit: the code is the sign, +1 for zero
-    bool residual;     // whether code - v is in the gradient of the step; if not, low must be 0
+    bool residual;     // whether code - v is in the gradient of the step
 };
 
 // Calls run(single, residual), both as compile-time booleans. A single signed bit is never without residual.
@@ -49,26 +51,39 @@ SPOS_SIMD_INLINE Pack code_of(const Pack& v, A low, A high) {
 typedef uint8_t BytePack __attribute__((vector_size(kPack)));
 typedef uint64_t LongPack __attribute__((vector_size(kPack * sizeof(uint64_t))));
 
-// Whole numbers from -128 to 255 as bytes: their lowest bits stand at the end of the rounded sum.
+// Values from -128 to 255, rounded, as bytes: the lowest bits of the integer stand at the end of the sum.
 SPOS_SIMD_INLINE BytePack bytes_of(const FloatPack& code) {
-    return __builtin_convertvector(reinterpret_cast<detail::WordPack>(code + rounder(0.0f)), BytePack);
+    // In two steps, which GCC makes vector code of.
+    const auto words = reinterpret_cast<detail::WordPack>(code + rounder(0.0f));
+    return __builtin_convertvector(__builtin_convertvector(words, detail::ShortPack), BytePack);
 }
 SPOS_SIMD_INLINE BytePack bytes_of(const DoublePack& code) {
     return __builtin_convertvector(reinterpret_cast<LongPack>(code + rounder(0.0)), BytePack);
 }
 
-// What a gradient turns into, and what of it goes to the step.
+// The least and the greatest v inside. 0 to the least normal number is outside too: subnormal numbers are slow.
+template <typename A>
+struct Inside {
+    A least, most;
+    explicit Inside(const Quantizer& quantizer)
+        : least(quantizer.low == 0 ? std::numeric_limits<A>::min() : std::nextafter(A(quantizer.low), A(0))),
+          most(std::nextafter(A(quantizer.high), A(0))) {}
+};
+
+// What of a gradient goes to the value, and what to the step.
 template <typename Pack>
 struct Passed {
     Pack inside, step;
 };
+// Every comparison is used once: GCC takes those that are used twice apart, lane by lane. Outside, NaN included, `held`
+// differs from v; rounded it is the code all the same.
 template <bool kSingle, bool kResidual, typename Pack, typename A>
-SPOS_SIMD_INLINE Passed<Pack> pass_back(const Pack& grad, const Pack& v, A low, A high) {
-    // A NaN is inside: neither at or below the least, nor at or above the most.
-    const Pack zero{}, not_below = v <= low ? zero : grad, inside = v >= high ? zero : not_below;
-    if constexpr (!kResidual) return {inside, v >= high ? grad * high : zero};
-    const Pack base = v <= low ? zero : v, taken = v >= high ? zero : base;
-    return {inside, grad * (code_of<kSingle>(v, low, high) - taken)};
+SPOS_SIMD_INLINE Passed<Pack> pass_back(const Pack& grad, const Pack& v, const Inside<A>& bounds) {
+    const Pack least = Pack{} + bounds.least, most = Pack{} + bounds.most, zero{};
+    const Pack raised = v < least ? least : v, held = raised > most ? most : raised;
+    const Pack code = kSingle ? code_of<true>(v, A(-1), A(1)) : (held + rounder(A())) - rounder(A());
+    const Pack inside = held == v ? grad : zero;
+    return {inside, kResidual ? grad * code - inside * held : (grad - inside) * code};
 }
 
 // A pack of `lanes` values; all where kWhole.

@@ -1,4 +1,5 @@
-// tanh as vector code. float: within 2 units in the last place, checked over all floats; double: the C library's.
+// tanh as vector code. float: within 1.4 units in the last place, measured on every eighth float; double: that of the C
+// library.
 #pragma once
 
 #include <cmath>

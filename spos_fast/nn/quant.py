@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from spos_fast.nn.quant_act import Bits, Index, QuantAct
 from spos_fast.nn.quant_conv import QuantConv2d
 from spos_fast.nn.quantize_model import initialize_steps, quantize_model
 from spos_fast.nn.sliced import SlicedBatchNorm2d
-from spos_fast.ops import BNStats
+from spos_fast.ops import BNStats, PackedConv2d
 
 __all__ = ["QuantAct", "QuantBasicBlock", "QuantConv2d", "fold", "initialize_steps", "quantize_model"]
 
@@ -101,12 +102,70 @@ class QuantBasicBlock(nn.Module):
         y += x
         return functional.relu(y, inplace=True)
 
+    def packed(self, setting: tuple[int, int, int] | None = None) -> PackedBasicBlock:
+        """The block with one setting for many evaluations: its weights quantized and packed once.
+
+        Raises:
+            InputError: a layer that does not run on codes.
+        """
+        mid, weight_index, act_index = (self.conv1.out_channels, 0, 0) if setting is None else setting
+        first = self.conv1.packed(weight_index, out_channels=mid)
+        second = self.conv2.packed(weight_index, in_channels=mid)
+        norms: list[nn.BatchNorm2d] = [self.bn1, self.bn2]
+        shortcut = None
+        if self.downsample is not None:
+            shortcut = cast(QuantConv2d, self.downsample[0]).packed(weight_index)
+            norms.append(cast(nn.BatchNorm2d, self.downsample[1]))
+        return PackedBasicBlock(first, second, shortcut, act_index, norms, mid)
+
     def _fuses(self) -> bool:
         """Whether bn1 can be folded into the load of conv2; compilers, and who hooks into layers, see them all."""
         if torch.compiler.is_compiling() or _has_any_global_hook():
             return False
         layers = self.conv1, self.bn1, self.conv2
         return self.conv1.on_codes and self.conv2.on_codes and not any(map(fused.changed, layers))
+
+
+class PackedBasicBlock:
+    """A :class:`QuantBasicBlock` with one setting on given statistics; :meth:`QuantBasicBlock.packed` makes it.
+
+    Attributes:
+        norms: its normalisation layers: bn1, bn2 and the shortcut's.
+    """
+
+    def __init__(
+        self,
+        first: PackedConv2d,
+        second: PackedConv2d,
+        shortcut: PackedConv2d | None,
+        act_index: int,
+        norms: Sequence[nn.BatchNorm2d],
+        mid: int,
+    ) -> None:
+        self._first, self._second, self._shortcut = first, second, shortcut
+        self._act_index, self.norms, self._mid = act_index, tuple(norms), mid
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, folded: Sequence[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """The block on x, [N, in_channels, H, W], behind a ReLU.
+
+        Args:
+            x: the image.
+            folded: scale and shift of each of ``norms``, bn1's of the mid channels; None for running statistics.
+
+        Returns:
+            [N, out_channels, H', W'], behind a ReLU.
+        """
+        if folded is None:
+            widths = [self._mid, *(norm.num_features for norm in self.norms[1:])]
+            folded = [fold_running(norm, width) for norm, width in zip(self.norms, widths, strict=True)]
+        index, (scale, shift) = self._act_index, folded[0]
+        y = self._second(
+            self._first(x, index), index, scale=scale, shift=shift, out_scale=folded[1][0], out_shift=folded[1][1]
+        )
+        if self._shortcut is not None:
+            x = self._shortcut(x, index, out_scale=folded[2][0], out_shift=folded[2][1])
+        return y.add_(x).relu_()
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
@@ -127,15 +186,24 @@ def fold(norm: nn.BatchNorm2d, z: Tensor, statistics: BNStats | None) -> tuple[T
     """
     channels = z.shape[1]
     if statistics is None:
-        mean, var = cast(Tensor, norm.running_mean)[:channels], cast(Tensor, norm.running_var)[:channels]
-    else:
-        count = z.numel() // channels
-        if count < 2:
-            raise InputError(f"x must give more than one value a channel in training, got shape {list(z.shape)}")
-        mean, var = statistics.mean, statistics.m2 / count
-        fused.move_statistics([norm], [mean.detach()], [var.detach()], [count])
+        return fold_running(norm, channels)
+    count = z.numel() // channels
+    if count < 2:
+        raise InputError(f"x must give more than one value a channel in training, got shape {list(z.shape)}")
+    mean, var = statistics.mean, statistics.m2 / count
+    fused.move_statistics([norm], [mean.detach()], [var.detach()], [count])
+    return _scale_and_shift(norm, mean, var)
+
+
+def fold_running(norm: nn.BatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
+    """A layer on its running statistics as a scale and a shift of its first channels, [channels]."""
+    mean, var = cast(Tensor, norm.running_mean)[:channels], cast(Tensor, norm.running_var)[:channels]
+    return _scale_and_shift(norm, mean, var)
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     scale = (var + norm.eps).rsqrt()
     if not norm.affine:
         return scale, -mean * scale
-    scale = scale * norm.weight[:channels]
-    return scale, norm.bias[:channels] - mean * scale
+    scale = scale * norm.weight[: len(mean)]
+    return scale, norm.bias[: len(mean)] - mean * scale

@@ -190,7 +190,8 @@ class QuantConv2d(SlicedConv2d):
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
-        weight = self.quantized_weight(weight_index, in_channels, out_channels)
+        narrow = x.shape[1] if in_channels is None else in_channels
+        weight = self.quantized_weight(weight_index, narrow, out_channels)
         bias = self.bias
         if bias is not None and weight.shape[0] != bias.shape[0]:
             bias = bias[: weight.shape[0]]
@@ -206,6 +207,26 @@ class QuantConv2d(SlicedConv2d):
             out_channels=out_channels,
         )
 
+    @torch.no_grad()
+    def extract(self, in_channels: int | None = None, out_channels: int | None = None) -> QuantConv2d:
+        """A layer with copies of the first channels' weights and of all steps, and the same bit-widths.
+
+        Args, raises: see :meth:`SlicedConv2d.extract`.
+        """
+        made = QuantConv2d.from_float(
+            super().extract(in_channels, out_channels),
+            weight_bits=self.weight_bits,
+            act_bits=self.act.bits,
+            weight_quantizer=self.weight_quantizer,
+            act_quantizer=self.act.quantizer,
+            per_channel=self.per_channel,
+            signed_act=self.act.signed,
+        )
+        made.act.load_state_dict(self.act.state_dict())
+        if made.weight_step is not None and self.weight_step is not None:
+            made.weight_step.copy_(self.weight_step[:, : made.out_channels] if self.per_channel else self.weight_step)
+        return made
+
     @property
     def on_codes(self) -> bool:
         """Whether :func:`spos_fast.ops.quant_conv2d` computes it, and nobody wants to see the quantizer run."""
@@ -215,7 +236,7 @@ class QuantConv2d(SlicedConv2d):
             and not act.signed
             and not isinstance(self.padding, str)
             and self.padding_mode == "zeros"
-            and not fused.changed(act)
+            and (torch.compiler.is_compiling() or not fused.changed(act))
         )
 
     def convolve(

@@ -32,13 +32,13 @@ class Filters(NamedTuple):
 
     Attributes:
         packed: codes in oneDNN's order; None where codes do not do.
-        values: then the fake-quantized weights, float32 or float64; else None.
+        values: then the fake-quantized weights, float32 or float64; else empty.
         scale: [C_out], float32: the weights' steps.
         settings: of the convolution.
     """
 
     packed: Tensor | None
-    values: Tensor | None
+    values: Tensor
     scale: Tensor
     settings: Settings
 
@@ -96,15 +96,21 @@ def pack(
         values = fake_weights(weight, step, bits, index, mode, per_channel).to(wide)
         return Filters(None, values, values.new_ones(len(weight)), settings)
     codes, scale = weight_codes(weight, step, bits, index, mode, per_channel)
-    neutral = torch.ones_like(scale)  # the real one, which depends on the activations, comes with each call
+    neutral = scale.new_ones(1)  # the real ones, which depend on the activations, come with each call
     packed = torch.ops.onednn.qconv_prepack(codes, neutral, 1.0, 0, *settings, size)
-    return Filters(packed, None, scale, settings)
+    return Filters(packed, scale.new_empty(0), scale, settings)
 
 
 def integer_convolution(
-    codes: Tensor, step: Tensor, filters: Filters, bias: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    step: Tensor,
+    filters: Filters,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """Convolution of ``step * codes`` with quantized weights, plus the bias.
+    """Convolution of ``step * codes`` with quantized weights, times a scale a channel, plus the bias, maybe clipped.
 
     Args:
         codes: uint8 [N, C, H, W], channels last.
@@ -112,16 +118,20 @@ def integer_convolution(
         filters: the weights.
         bias: [C_out] or None.
         dtype: of the result.
+        scale: [C_out] of step's dtype or None, as of a batch norm behind; costs nothing on integers.
+        relu: whether to clip the result at 0.
     """
     bias = None if bias is None else bias.to(step.dtype)
-    if filters.packed is None or filters.values is not None:
-        assert filters.values is not None
-        values = codes.to(step.dtype).mul_(step)
-        return functional.conv2d(values, filters.values, bias, *filters.settings).to(dtype)
-    made = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    scale, zero = filters.scale * step, torch.zeros_like(filters.scale, dtype=torch.int32)
     settings = filters.settings
+    if filters.packed is None:
+        values = codes.to(step.dtype).mul_(step)
+        weight = filters.values if scale is None else filters.values * scale[:, None, None, None]
+        out = functional.conv2d(values, weight, bias, *settings)
+        return (out.relu_() if relu else out).to(dtype)
+    made = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    steps, zero = filters.scale * step, torch.zeros_like(filters.scale, dtype=torch.int32)
+    steps = steps if scale is None else steps * scale
     out = torch.ops.onednn.qconv2d_pointwise(
-        codes, 1.0, 0, filters.packed, scale, zero, bias, *settings, 1.0, 0, made, "none", [], ""
+        codes, 1.0, 0, filters.packed, steps, zero, bias, *settings, 1.0, 0, made, "relu" if relu else "none", [], ""
     )
     return out.to(dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spos_fast.errors import InputError
 from spos_fast.ops.integer_conv import Filters, integer_convolution, pack
 from spos_fast.ops.quant_call import as_call
 from spos_fast.ops.quant_codes import quantize_codes
@@ -32,14 +33,24 @@ class PackedConv2d:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, act_index: int | Tensor = 0, *, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        act_index: int | Tensor = 0,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        out_scale: Tensor | None = None,
+        out_shift: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
-        """The convolution of x.
+        """The convolution of x, between two batch norms.
 
         Args:
             x: [N, C, H, W], not empty.
             act_index: which of the activations' bit-widths.
             scale, shift: [channels used], of the batch norm in front, applied to x on load; or None.
+            out_scale, out_shift: [C_out], of the batch norm behind, which then costs nothing; or None.
+            relu: whether to clip the result at 0.
 
         Returns:
             [N, C_out, H', W'], dtype of x, channels last.
@@ -47,6 +58,8 @@ class PackedConv2d:
         Raises:
             TypeError, InputError: as :func:`spos_fast.ops.quant_conv2d`.
         """
+        if (out_scale is None) != (out_shift is None):
+            raise InputError("out_scale and out_shift must be given both or not at all")
         arguments = self._arguments | dict(act_index=act_index, scale=scale, shift=shift, statistics=False)
         call = as_call(x, self._weight, self._bias, **arguments)
         if self._filters is None or self._size != call.x.shape[1:]:
@@ -54,4 +67,7 @@ class PackedConv2d:
             self._filters = pack(call.weight, *call.weights, call.settings, most, call.x.shape)
             self._size = call.x.shape[1:]
         codes, step = quantize_codes(call.x, *call.activation)
-        return integer_convolution(codes, step, self._filters, call.bias, x.dtype)
+        bias = call.bias if out_scale is None or call.bias is None else call.bias * out_scale
+        if out_shift is not None:
+            bias = out_shift if bias is None else bias + out_shift
+        return integer_convolution(codes, step, self._filters, bias, x.dtype, out_scale, relu)

@@ -103,10 +103,13 @@ def weight_codes_reference(
 ) -> tuple[Tensor, Tensor]:
     """Codes of weights, in plain PyTorch; :func:`quantize_weights` gives their product with the scale.
 
+    DoReFa's 8 bits are the exception: their odd codes from -255 to 255 do not fit int8. What is given is half of one
+    less, and the weights are scale * (code + 1/2).
+
     Args:
         weight: [C_out, ...], not empty; float32, float64, float16 or bfloat16, of any layout.
         step: LSQ's, [K] or with ``per_channel`` [K, C_out], float32 (float64 for float64 weights); None for DoReFa.
-        bits: int32 [K], 1 to 8. DoReFa's codes of 8 bits do not fit int8, so that their scale is NaN.
+        bits: int32 [K], 1 to 8.
         index: int32 or int64 [].
         mode: "dorefa" or "lsq".
         per_channel: as of :func:`quantize_weights`.
@@ -124,7 +127,8 @@ def weight_codes_reference(
     if step is None:
         code, scale = dorefa_codes(weight, bits, index, per_channel)
         code = code.view(channels, -1)
-        scale = torch.where(bits[index] == 8, torch.nan, scale)
+        eight = bits[index] == 8
+        code, scale = torch.where(eight, (code - 1) / 2, code), torch.where(eight, 2 * scale, scale)
     else:
         scale = effective_step(step, bits, index, mode).view(-1, 1)
         rows = weight.to(step.dtype).reshape(channels, -1)

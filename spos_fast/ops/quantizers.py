@@ -14,8 +14,8 @@ of p, lsq      r times the sum of g (code - v) inside and g code outside, r = 1 
 of the offset  r times the sum of g outside
 ============== ==================================================================================================
 
-Those of p take p's sign. A NaN is its own code and counts as inside: it shows in the result, and in the step's gradient
-where that has a residual. Steps, their gradients and sums are float32 (float64 for float64).
+Those of p take p's sign. A NaN is its own code and is outside: it shows in the result and in the gradient of p. Steps,
+their gradients and sums are float32 (float64 for float64).
 
 Sources: PACT (Choi et al., arXiv 1805.06085), LSQ (Esser et al., arXiv 1902.08153), LSQ+ (Bhalgat et al., arXiv
 2004.09576); that the offset's gradient has LSQ's r too is our choice.
@@ -50,7 +50,7 @@ class Codes(NamedTuple):
     Attributes:
         v: values in steps.
         code: clipped and rounded, of v's shape.
-        outside: where v is clipped (at the bounds too), of v's shape.
+        outside: where v is clipped (at the bounds too) or NaN, of v's shape.
         high: greatest code, [].
     """
 
@@ -81,7 +81,7 @@ def quantized(values: Tensor, size: Tensor, bits: Tensor, index: Tensor, signed:
         low, high = -levels / 2, torch.where(single, 1.0, levels / 2 - 1)
         sign = torch.where(v >= 0, 1.0, torch.where(v < 0, -1.0, v))
         code = torch.where(single, sign, v.clamp(low, high).round())
-    return Codes(v, code, (v <= low) | (v >= high), high)
+    return Codes(v, code, ~((v > low) & (v < high)), high)
 
 
 def step_terms(codes: Codes, mode: str) -> Tensor:

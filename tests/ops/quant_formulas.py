@@ -54,9 +54,12 @@ def fake_quant(
             code = float(low if below else high if above else round(v))
         codes.append(code)
         out.append(code * step + offset)
-        grad_x.append(0.0 if below or above else gradient)
-        grad_offset += gradient if below or above else 0.0
-        if mode == "pact":
+        inside = low < v < high
+        grad_x.append(gradient if inside else 0.0)
+        grad_offset += 0.0 if inside else gradient
+        if math.isnan(v):
+            grad_step = v
+        elif mode == "pact":
             grad_step += gradient if above else 0.0
         elif mode == "pact_residual":
             grad_step += gradient if above else 0.0 if below else gradient * (code - v) / high

@@ -119,7 +119,7 @@ def _weight_codes() -> list[Arguments]:
         wide = _wide(weight.dtype)
         step = 0.1 + torch.rand((5, weight.shape[0]) if per_channel else (5,), generator=generator, dtype=wide)
         found.append((weight, step, bits, index, "lsq", per_channel))
-        if index != 4 and not detach:  # 8-bit codes of DoReFa have no scale
+        if not detach:
             found.append((weight, None, bits, index, "dorefa", per_channel))
     return found
 

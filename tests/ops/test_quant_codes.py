@@ -10,6 +10,7 @@ from spos_fast import ops
 from spos_fast.ops.quant_codes import quantize_codes, quantize_codes_backward, weight_codes
 from tests.ops import quant_formulas
 from tests.ops.test_batchnorm import DTYPES
+from tests.ops.test_every_op import identical
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BITS = torch.arange(1, 9, dtype=torch.int32)
@@ -83,8 +84,8 @@ def test_nan_shows_in_the_step() -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("mode", ["dorefa", "lsq"])
 def test_weight_codes_are_the_quantized_weights(mode: str, per_channel: bool, dtype: torch.dtype) -> None:
-    """Codes times scale are what quantize_weights gives, rounded to the dtype; of DoReFa with 8 bits, whose codes do
-    not fit, the scale is NaN."""
+    """Codes times scale are what quantize_weights gives, rounded to the dtype; of DoReFa with 8 bits, of whose codes
+    int8 holds half of one less, codes and a half."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(18, 5, 3, 3, generator=generator) * 0.3).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -99,10 +100,8 @@ def test_weight_codes_are_the_quantized_weights(mode: str, per_channel: bool, dt
                 codes, scale = run(laid_out, *given)
                 assert codes.dtype == torch.int8 and codes.stride() == laid_out.stride()
                 assert scale.shape == (18,) and scale.dtype == wide
-                if mode == "dorefa" and bits == 8:
-                    assert scale.isnan().all()
-                    continue
-                got = (codes * scale[:, None, None, None]).to(dtype)
+                half = 0.5 if mode == "dorefa" and bits == 8 else 0.0
+                got = ((codes + half) * scale[:, None, None, None]).to(dtype)
                 assert torch.equal(codes, weight_codes(laid_out, *given)[0])
                 assert torch.equal(got, values) if run is weight_codes else torch.allclose(got, values, rtol=1e-6)
 
@@ -174,3 +173,30 @@ def test_errors_of_the_raw_ops() -> None:
         for run in (weight_codes, ops.weight_codes_reference):
             with pytest.raises((RuntimeError, ValueError, TypeError), match="must"):
                 run(weight, given_step, bits, index, mode, False)
+
+
+@pytest.mark.parametrize("shape", [(9, 40, 33, 31), (2, 700, 5, 5), (40, 3, 64, 63)], ids=str)
+def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...]) -> None:
+    """Sums are taken in an order that the shape fixes, whatever torch's number of threads."""
+    x, grad, scale, shift = image(torch.float32, shape)
+    given = (x, scale, shift, torch.ones(1), BITS[2:3], torch.tensor(0), "lsq")
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append((*quantize_codes(*given), *quantize_codes_backward(grad, *given)))
+        assert identical(results[1:], [results[0]] * 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_opcheck() -> None:
+    """Schemas, fake tensors and AOT dispatch, as torch itself checks them."""
+    x, grad, scale, shift = image(torch.float32)
+    rest = (scale, shift, torch.ones(8), BITS, torch.tensor(3), "lsq")
+    torch.library.opcheck(torch.ops.spos_fast.quantize_codes.default, (x, *rest))
+    torch.library.opcheck(torch.ops.spos_fast.quantize_codes_backward.default, (grad, x, *rest))
+    torch.library.opcheck(
+        torch.ops.spos_fast.weight_codes.default, (x, torch.ones(8, 3), BITS, torch.tensor(3), "lsq", True)
+    )

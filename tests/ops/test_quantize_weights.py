@@ -186,3 +186,29 @@ def test_errors(given: tuple, options: dict[str, Any], kind: type[Exception], me
     with pytest.raises(kind, match=message) as caught:
         ops.quantize_weights(*given, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_same_bits_for_any_number_of_threads(per_channel: bool) -> None:
+    """Sums are taken in an order that the shape fixes, whatever torch's number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(70, 300, 3, 3, generator=generator) for _ in range(2))
+    threads = torch.get_num_threads()
+    try:
+        for bits in (1, 3):
+            results = []
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(run(weight, bits, grad, per_channel=per_channel))
+            assert identical(results[1:], [results[0]] * 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_opcheck() -> None:
+    """Schema, fake tensors, autograd registration and AOT dispatch, as torch itself checks them."""
+    weight = torch.randn(3, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(torch.ops.spos_fast.dorefa_weights.default, (weight, BITS, torch.tensor(2), True, False))
+    (grad,) = torch.autograd.grad(ops.quantize_weights(weight, 3).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="quantize_weights is differentiable once"):
+        grad.sum().backward()

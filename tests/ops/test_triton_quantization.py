@@ -17,8 +17,11 @@ from tests.ops.test_batchnorm_device import resource_usage  # noqa: E402
 
 LAUNCHERS = ["fake_quant", "fake_quant_backward", "quantize_codes"]
 # Pointers that hold x's dtype, and the other ones that do not hold float32.
-IMAGES = {"x", "out", "grad", "grad_x"}
-INTEGERS = {"bits": "*i32", "index": "*i64", "codes": "*u8"}
+IMAGES = {"x", "out", "grad", "grad_x", "bias"}
+INTEGERS = {
+    "bits": "*i32", "index": "*i64", "codes": "*u8", "weight": "*i8", "sums": "*i32", "act_bits": "*i32",
+    "act_index": "*i64", "weight_bits": "*i32", "weight_index": "*i64",
+}  # fmt: skip
 FLOATS = {"step", "offset", "scale", "shift", "partial", "grad_step", "grad_offset", "step_used"}
 VARIANTS = [
     ("fake_quant_kernel", {"PACT": False, "SIGNED": True, "RUNS": True}, (1024, 1)),

@@ -21,9 +21,11 @@ from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
 from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
+from spos_fast.nn.quant import QuantBasicBlock
+from spos_fast.nn.quant_parts import QuantPart
 from spos_fast.prefix_tree import Node, Parts, Route, build, walk
 from spos_fast.running import RunningStatistics
-from spos_fast.supernet import Supernet
+from spos_fast.supernet import Setting, Supernet
 
 # Of the free memory, for activations: other processes and torch's own buffers need some too.
 _SHARE = 0.5
@@ -155,7 +157,7 @@ class Evaluator:
             return []
         net = self.net
         blocks = [
-            {step: Part(candidates[step[0]], step[1]) for step in {route[layer] for route in routes}}  # type: ignore[index]
+            {step: _part(candidates[step[0]], step[1]) for step in {route[layer] for route in routes}}  # type: ignore[index]
             for layer, candidates in enumerate(net.features)
         ]
         parts = Parts(Part(net.first_conv), blocks, HeadPart(net.conv_last, _Classifier(net)))
@@ -256,6 +258,12 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Sc
     if tally is None:
         raise InputError("batches: there is none to evaluate on")
     return tally.scores(images, [True])[0]
+
+
+def _part(module: nn.Module, setting: Setting) -> Part:
+    if isinstance(module, QuantBasicBlock) and QuantPart.takes(module):
+        return QuantPart(module, cast("tuple[int, int, int]", setting))
+    return Part(module, setting)
 
 
 def _calibrate(moments: dict[Node, Moments], nodes: Sequence[Node], inputs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -112,7 +112,7 @@ class Part:
             return [self._calibrate_modules(x) for x in inputs]
         # The least that a layer of the unit can get.
         if x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) < 2:
-            raise _single_value(x)
+            raise single_value(x)
         out, mean, var, counts = fused.calibrate(block, _stacked(inputs), groups)
         if groups == 1:
             return [(out, self._moments(mean, var, counts))]
@@ -214,7 +214,7 @@ class HeadPart(Part):
             return [self._calibrate_modules(x) for x in inputs]
         values = x.numel() // x.shape[1]
         if values < 2:
-            raise _single_value(x)
+            raise single_value(x)
         made = [ops.pw_bnstats(x, convolution.weight) for x in inputs]
         return [(None, Moments([mean], [m2 / values], [values])) for _, mean, m2 in made]
 
@@ -257,7 +257,8 @@ def _give(layers: Sequence[nn.Module], buffers: Sequence[dict[str, Tensor]]) -> 
             setattr(layer, name, value)
 
 
-def _single_value(x: Tensor) -> InputError:
+def single_value(x: Tensor) -> InputError:
+    """The error of a batch that leaves a normalisation layer one value a channel."""
     return InputError(
         f"calibration: a normalisation layer gets a batch of shape {list(x.shape)}, one value a channel, which has no "
         "variance; give more images"

@@ -16,7 +16,7 @@ from spos_fast.nn.quant_act import Bits, Index, QuantAct
 from spos_fast.nn.quant_conv import QuantConv2d
 from spos_fast.nn.quantize_model import initialize_steps, quantize_model
 from spos_fast.nn.sliced import SlicedBatchNorm2d
-from spos_fast.ops import BNStats, PackedConv2d
+from spos_fast.ops import BNStats, PackedConv2d, bn_add_relu, bn_moments
 
 __all__ = ["QuantAct", "QuantBasicBlock", "QuantConv2d", "fold", "initialize_steps", "quantize_model"]
 
@@ -160,12 +160,41 @@ class PackedBasicBlock:
             widths = [self._mid, *(norm.num_features for norm in self.norms[1:])]
             folded = [fold_running(norm, width) for norm, width in zip(self.norms, widths, strict=True)]
         index, (scale, shift) = self._act_index, folded[0]
-        y = self._second(
-            self._first(x, index), index, scale=scale, shift=shift, out_scale=folded[1][0], out_shift=folded[1][1]
-        )
-        if self._shortcut is not None:
-            x = self._shortcut(x, index, out_scale=folded[2][0], out_shift=folded[2][1])
-        return y.add_(x).relu_()
+        y = self._second(self._first(x, index), index, scale=scale, shift=shift)
+        return self._end(x if self._shortcut is None else self._shortcut(x, index), y, folded[1:])
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], int]:
+        """The block on batch statistics, which move nothing.
+
+        Args:
+            x: [N, in_channels, H, W], behind a ReLU.
+
+        Returns:
+            The output; mean and variance (divided by the count) in front of each of ``norms``; the count, which all of
+            them share.
+        """
+        index = self._act_index
+        z = self._first(x, index)
+        count = z.numel() // z.shape[1]
+        statistics = [_statistics(z, count)]
+        scale, shift = _scale_and_shift(self.norms[0], *statistics[0])
+        y = self._second(z, index, scale=scale, shift=shift)
+        residual = x if self._shortcut is None else self._shortcut(x, index)
+        statistics += [_statistics(each, count) for each in (y, residual)[: len(self.norms) - 1]]
+        pairs = zip(self.norms[1:], statistics[1:], strict=True)
+        out = self._end(residual, y, [_scale_and_shift(norm, mean, var) for norm, (mean, var) in pairs])
+        return out, [mean for mean, _ in statistics], [var for _, var in statistics], count
+
+    def _end(self, residual: Tensor, y: Tensor, folded: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        values = [value[None] for pair in folded for value in pair]
+        return bn_add_relu(y, *values[:2], residual, *values[2:])
+
+
+def _statistics(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of z's channels."""
+    mean, m2 = bn_moments(z)
+    return mean[0], m2[0] / count
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:

@@ -1,0 +1,78 @@
+"""Quantized residual blocks as parts of a path: scored on integers, their weights quantized and packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from spos_fast.nn import fused
+from spos_fast.nn.parts import Moments, Part, Statistics, single_value
+from spos_fast.nn.quant import PackedBasicBlock, QuantBasicBlock
+
+
+class QuantPart(Part):
+    """A :class:`QuantBasicBlock` with one setting, (mid channels, index of weight bits, index of activation bits).
+
+    On the CPU its convolutions run on integer codes: exact sums, scaled once. Elsewhere, and for images that the ops do
+    not take, its own forward runs.
+
+    Args:
+        module: the block, for which :meth:`takes` holds.
+        setting: how it runs.
+    """
+
+    def __init__(self, module: QuantBasicBlock, setting: tuple[int, int, int]) -> None:
+        super().__init__(module, setting)
+        self.widths = [setting[0], *self.widths[1:]]
+        self._packed: PackedBasicBlock | None = None
+        self.fuses = True
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is such a block that runs as it was written."""
+        if type(module) is not QuantBasicBlock or any(map(fused.changed, module.modules())):
+            return False
+        convolutions = [module.conv1, module.conv2, *([module.downsample[0]] if module.downsample is not None else [])]
+        norms = [module.bn1, module.bn2, *([module.downsample[1]] if module.downsample is not None else [])]
+        return all(each.on_codes for each in convolutions) and all(  # type: ignore[union-attr]
+            norm.running_mean is not None and norm.eps == norms[0].eps and norm.affine == norms[0].affine
+            for norm in norms  # type: ignore[union-attr]
+        )
+
+    def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
+        """For batches of one shape the outputs, normalised by the batch's own statistics, and these.
+
+        Raises:
+            InputError: a layer gets a single value a channel, which has no variance.
+        """
+        if not _on_integers(inputs):
+            return super().calibrate(inputs)
+        made: list[tuple[Tensor | None, Moments]] = []
+        for x in inputs:
+            out, mean, var, count = self._block_on_integers().calibrate(x)
+            if count < 2:
+                raise single_value(x)
+            made.append((out, Moments(mean, var, [count] * len(mean))))
+        return made
+
+    def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
+        """For batches of one shape the outputs, each normalised by given statistics."""
+        if not _on_integers(inputs):
+            return super().infer(inputs, statistics)
+        outputs = []
+        for x, given in zip(inputs, statistics, strict=True):
+            scales, shifts = (cast(Tensor, values).split(self.widths) for values in (given.scale, given.shift))
+            outputs.append(self._block_on_integers()(x, list(zip(scales, shifts, strict=True))))
+        return outputs
+
+    def _block_on_integers(self) -> PackedBasicBlock:
+        if self._packed is None:
+            block = cast(QuantBasicBlock, self.module)
+            self._packed = block.packed(cast("tuple[int, int, int]", self.setting))
+        return self._packed
+
+
+def _on_integers(inputs: Sequence[Tensor]) -> bool:
+    return inputs[0].device.type == "cpu" and all(map(fused.takes, inputs))

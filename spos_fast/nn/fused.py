@@ -119,10 +119,9 @@ def match(
         if isinstance(layer, _NORM):
             norms.append(layer)
         elif isinstance(layer, _CONV):
-            weight = layer.__dict__["_parameters"]["weight"]
-            if not usual(layer, weight, next(strides)):
+            weights.append(layer.weight)
+            if not usual(layer, weights[-1], next(strides)):
                 return None
-            weights.append(weight)
     eps, affine = norms[0].eps, norms[0].affine
     for norm in norms:
         if norm.eps != eps or norm.affine != affine:
@@ -278,8 +277,7 @@ def _affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[list[Tensor], list[Tensor]
     """The layers' weights and biases; empty lists if they have none."""
     if not norms[0].affine:
         return [], []
-    parameters = [norm.__dict__["_parameters"] for norm in norms]
-    return [own["weight"] for own in parameters], [own["bias"] for own in parameters]
+    return [norm.weight for norm in norms], [norm.bias for norm in norms]
 
 
 def _running(norms: Sequence[nn.BatchNorm2d]) -> tuple[list[float], list[Tensor], list[Tensor], list[Tensor]] | None:

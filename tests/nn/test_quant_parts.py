@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spos_fast import Evaluator
 from spos_fast.data import Images
+from spos_fast.data.images import Normalization
 from spos_fast.errors import InputError
 from spos_fast.nn import QuantBasicBlock
 from spos_fast.nn.parts import Part, Statistics
@@ -54,12 +55,10 @@ def test_equals_the_block_run_as_modules(stride: int, quantizers: dict[str, str]
     assert [len(mean) for mean in moments.mean] == fast.widths
     scale = (variances + 1e-5).rsqrt()
     given = Statistics(means.double(), variances.double(), scale, -means * scale)
-    wide = [
-        torch.cat((means[:12], torch.zeros(6), means[12:])),
-        torch.cat((variances[:12], torch.ones(6), variances[12:])),
-    ]
+    # The modules' statistics are of all stored channels.
+    wide = [torch.cat((v[:12], torch.ones(6), v[12:])) for v in (means, variances)]
     full = Statistics(wide[0].double(), wide[1].double(), None, None)
-    (got,), (modules) = fast.infer([x], [given]), plain.infer([x], [full])
+    (got,), modules = fast.infer([x], [given]), plain.infer([x], [full])
     assert_nearly_all_close(got, modules[0])
 
 
@@ -97,7 +96,8 @@ def test_candidates_score_as_alone() -> None:
     net = space.supernet()
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (48, 3, 12, 12), dtype=torch.uint8, generator=generator)
-    data = Images(pixels, torch.randint(0, 4, (48,), generator=generator))
+    normalization = Normalization((0.5,) * 3, (0.25,) * 3)
+    data = Images(pixels, torch.randint(0, 4, (48,), generator=generator), normalization)
     evaluate = Evaluator(net, data, data, calibration_batch=16, batch_size=20)
     rng = np.random.default_rng(0)
     archs = [space.sample(rng) for _ in range(6)]

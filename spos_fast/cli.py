@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import Config, config_from, merged, read_config
+    from spos_fast.config import config_from, merged, read_config
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
@@ -108,9 +108,7 @@ def _run(options: argparse.Namespace) -> None:
         export.run(options, _device(options.device))
         return
     preset, flags = read_config(options.config) if options.config else {}, _flags(options)
-    chosen_space = flags.get("space", {}).get("name")
-    if chosen_space and chosen_space != preset.get("space", {}).get("name", Config().space.name):
-        preset.pop("space", None)  # its sizes are those of another space
+    _drop_other_sizes(preset, flags)
     device = _device(options.device)
     if options.command == "latency":
         from spos_fast.latency import commands
@@ -185,6 +183,17 @@ def _consistency(job: Any, table: Any) -> None:
             name = title(ranking.way) if ranking.way else ranking.name
             job.listener.say(f"{name}: tau {tau_text(ranking.statistics)}")
         job.listener.say(f"report: {write_consistency_report(job.folder, result)}")
+
+
+def _drop_other_sizes(preset: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Leave out the sizes of a preset whose kind of space is not the one that ``--space`` names."""
+    from spos_fast.config import SPACE_CONFIGS, Config
+
+    theirs, own = ((values.get("space") or {}) for values in (preset, flags))
+    if isinstance(theirs, dict) and "name" in own:
+        before = theirs.get("name", Config().space.name)
+        if SPACE_CONFIGS.get(own["name"]) is not SPACE_CONFIGS.get(before):
+            preset.pop("space", None)
 
 
 def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:

@@ -98,3 +98,16 @@ def test_presets_search_at_the_cost_of_3w3a(preset):
     space = config.space.make(input_size=size, in_channels=3, num_classes=1000 if size == 224 else 10)
     assert space.cost(space.uniform(3, 3)).bitops == config.search.bitops_max
     assert space.baselines() == {"all_3W3A": space.uniform(3, 3)}
+
+
+def test_sizes_of_a_preset_for_another_kind_of_space_are_left_out(tmp_path, capsys):
+    """The digits preset has sizes of ShuffleNetV2, which a ResNet has not; of two ResNets they are kept."""
+    shared = ["--threads", "1", "--no-tensorboard", "--train.steps", "1", "--train.batch_size", "8"]
+    sizes = ["--space.stage_channels", "8,16", "--space.stage_repeats", "1,1", "--space.stem", "cifar"]
+    own = tmp_path / "own.toml"
+    own.write_text('[data]\nname = "digits"\n[space]\nname = "quant_resnet18"\nstem = "cifar"\n')
+    for config, name, given in (("digits", "quant_resnet18", sizes), (str(own), "quant_resnet34", sizes[:4])):
+        run = tmp_path / name
+        assert main(["train", "--folder", str(run), "--config", config, "--space", name, *given, *shared]) == 0
+        space = json.loads((run / "config.json").read_text())["space"]
+        assert (space["name"], space["stem"], space["stage_channels"]) == (name, "cifar", [8, 16])

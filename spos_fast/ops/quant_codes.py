@@ -193,13 +193,14 @@ quantize_codes = define_op(
     "-> (Tensor codes, Tensor step_used)",
     reference=quantize_codes_reference,
     fake=_fake_codes,
-    triton="spos_fast.kernels.quantization:quantize_codes",
+    triton="spos_fast.kernels.quantize_codes:quantize_codes",
 )
 quantize_codes_backward = define_op(
     "quantize_codes_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor step, Tensor bits, "
     "Tensor index, str mode) -> (Tensor grad_x, Tensor grad_step, Tensor grad_scale, Tensor grad_shift)",
     reference=quantize_codes_backward_reference,
     fake=_fake_codes_backward,
+    triton="spos_fast.kernels.quantize_codes:quantize_codes_backward",
 )
 weight_codes = define_op(
     "weight_codes(Tensor weight, Tensor? step, Tensor bits, Tensor index, str mode, bool per_channel) "

@@ -33,10 +33,30 @@ BEGIN, END = "<!-- seeds: begin (written by bench/seeds.py) -->", "<!-- seeds: e
 
 def main() -> int:
     """Run the seeds and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="cifar10_small", help="preset or TOML file (default %(default)s)")
+    folders = finished_runs(__doc__, "cifar10_small", Path("runs/seeds"))
+    if folders is None:
+        return 1
+    comparison = table(folders)
+    write_between(ROOT / "README.md", comparison, BEGIN, END)
+    write_between(ROOT / "docs" / "results.md", f"{comparison}\n{differences(folders)}", BEGIN, END)
+    return 0
+
+
+def finished_runs(description: str | None, config: str, folder: Path) -> list[Path] | None:
+    """Run what the command line asks for, or go on with it: a demo a seed.
+
+    Args:
+        description: of the command.
+        config: the preset that is run by default.
+        folder: where runs go by default.
+
+    Returns:
+        The finished run folders, one a seed; None if a run failed, which has been said.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=config, help="preset or TOML file (default %(default)s)")
     parser.add_argument("--data.path", dest="data", required=True, help="folder or archive of the data set")
-    parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="where runs go (default %(default)s)")
+    parser.add_argument("--folder", type=Path, default=folder, help="where runs go (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=3, help="seeds at a time, one thread each (default %(default)s)")
     options = parser.parse_args()
@@ -54,16 +74,14 @@ def main() -> int:
     if any(codes):
         failed = [str(folder.with_suffix(".log")) for folder, code in zip(folders, codes, strict=True) if code]
         print(f"failed, see {', '.join(failed)}", file=sys.stderr)
-        return 1
-    comparison = table(folders)
-    _write(ROOT / "README.md", comparison)
-    _write(ROOT / "docs" / "results.md", f"{comparison}\n{differences(folders)}")
-    return 0
+        return None
+    return folders
 
 
-def _write(page: Path, text: str) -> None:
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
+def write_between(page: Path, text: str, begin: str, end: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def table(folders: list[Path]) -> str:
@@ -78,7 +96,7 @@ def table(folders: list[Path]) -> str:
         "|---|---|---|---|---|",
     ]
     for label, title in ROWS.items():
-        results = _results(folders, label)
+        results = results_of(folders, label)
         accuracies = [100 * result["test_accuracy"] for result in results]
         macs = sorted({result["macs"] for result in results})
         cost = " to ".join(f"{value / 1e6:.2f}" for value in dict.fromkeys((macs[0], macs[-1]))) + " M"
@@ -98,13 +116,14 @@ def differences(folders: list[Path]) -> str:
         ("evolution", "all_shuffle_k3"),
         ("random_search", "random_0"),
     ):
-        pairs = zip(_results(folders, first), _results(folders, second), strict=True)
+        pairs = zip(results_of(folders, first), results_of(folders, second), strict=True)
         points = [100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs]
         lines.append(f"| {ROWS[first]} minus {ROWS[second]} | {mean_interval(points)} |")
     return "\n".join(lines) + "\n"
 
 
-def _results(folders: list[Path], label: str) -> list[dict[str, Any]]:
+def results_of(folders: list[Path], label: str) -> list[dict[str, Any]]:
+    """What retraining an architecture gave, one result a seed."""
     return [json.loads((folder / "retrain" / label / "result.json").read_text()) for folder in folders]
 
 

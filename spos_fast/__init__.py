@@ -56,7 +56,7 @@ _HOME = {
     "recalibrate": "calibration",
     "train": "training",
 }
-_MODULES = ("analysis", "data", "latency", "nasbench", "nn", "ops", "spaces")
+_MODULES = ("analysis", "data", "export", "latency", "nasbench", "nn", "ops", "spaces")
 
 __all__ = [
     "Architecture",

@@ -32,6 +32,7 @@ COMMANDS = {
     "report": "write report.html from what the run folder holds",
 }
 LATENCY = "measure the latency of every choice on this device, as a table that a search can be limited by"
+EXPORT = "write a retrained network as an ONNX file, or as a checkpoint packed to its bits"
 NASBENCH = "NAS-Bench-101: every cell, and the benchmark as a table"
 PRESET_NAMES = sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
 # Settings that a command shows; the ones of earlier stages come from the run folder.
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 0
     except KeyboardInterrupt:
-        further = "nothing was written" if given[:1] == ["latency"] else "run the same command again to go on"
+        begun = given[:1] not in (["latency"], ["export"])
+        further = "run the same command again to go on" if begun else "nothing was written"
         print(f"\nspos-fast: interrupted; {further}", file=sys.stderr)
         return 130
     return 0
@@ -92,17 +94,21 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import Config, config_from, merged, read_config
+    from spos_fast.config import config_from, merged, read_config
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
     if options.command == "report":
         print(f"report: {write_report(_existing(options.folder))}")
         return
+    if options.command == "export":
+        from spos_fast.export import commands as export
+
+        _existing(options.folder)
+        export.run(options, _device(options.device))
+        return
     preset, flags = read_config(options.config) if options.config else {}, _flags(options)
-    chosen_space = flags.get("space", {}).get("name")
-    if chosen_space and chosen_space != preset.get("space", {}).get("name", Config().space.name):
-        preset.pop("space", None)  # its sizes are those of another space
+    _drop_other_sizes(preset, flags)
     device = _device(options.device)
     if options.command == "latency":
         from spos_fast.latency import commands
@@ -177,6 +183,17 @@ def _consistency(job: Any, table: Any) -> None:
             name = title(ranking.way) if ranking.way else ranking.name
             job.listener.say(f"{name}: tau {tau_text(ranking.statistics)}")
         job.listener.say(f"report: {write_consistency_report(job.folder, result)}")
+
+
+def _drop_other_sizes(preset: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Leave out the sizes of a preset whose kind of space is not the one that ``--space`` names."""
+    from spos_fast.config import SPACE_CONFIGS, Config
+
+    theirs, own = ((values.get("space") or {}) for values in (preset, flags))
+    if isinstance(theirs, dict) and "name" in own:
+        before = theirs.get("name", Config().space.name)
+        if SPACE_CONFIGS.get(own["name"]) is not SPACE_CONFIGS.get(before):
+            preset.pop("space", None)
 
 
 def _chosen(options: argparse.Namespace, job: Any) -> dict[str, Any]:
@@ -318,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard scalars")
         _add_settings(command, SECTIONS_OF[name])
     _add_latency(commands)
+    _add_export(commands)
     commands.add_parser("nasbench", help=NASBENCH)  # for the list of commands; _nasbench takes what follows
     return parser
 
@@ -339,6 +357,17 @@ def _add_latency(commands: Any) -> None:
     _add_settings(command, SECTIONS_OF["latency"])
 
 
+def _add_export(commands: Any) -> None:
+    usage = "spos-fast export --folder FOLDER --out FILE ..."
+    command = commands.add_parser(
+        "export", help=EXPORT, description=EXPORT[0].upper() + EXPORT[1:] + ".", usage=usage, allow_abbrev=False
+    )
+    from spos_fast.export.commands import add_options
+
+    add_options(command)
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
 def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:
     from spos_fast.config import SECTIONS, documented_fields
 
@@ -347,11 +376,14 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
         for variant in SECTIONS[section]:
             first_line = (variant.__doc__ or "").strip().splitlines()[0]
             group = command.add_argument_group(f"{section}: {first_line.rstrip('.')}")
+            shared: list[str] = []
             for name, _, default, text in documented_fields(variant):
+                shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
                 if name in there:  # spaces share some settings
+                    if name != "name":
+                        shared.append(f"{name} (default {shown})" if shown != "" else name)
                     continue
                 there.add(name)
-                shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
                 text = text.rstrip(".").replace("%", "%%")
                 flags = [f"--{section}.{name}"]
                 if section == "consistency":  # the settings of this command alone
@@ -364,6 +396,8 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
                     metavar="VALUE",
                     help=f"{text} (default {shown})" if shown != "" else text,
                 )
+            if shared:
+                group.description = f"and, as above: {', '.join(shared)}"
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from spos_fast import distributed
 from spos_fast.architecture import Architecture
@@ -386,16 +387,7 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
         )
     if distributed.rank() > 0:
         return {}
-    if settings.bn_steps:
-        stream = job.source.train_stream(
-            settings.batch_size,
-            seed=job.config.seed,
-            start_step=settings.steps,
-            full=True,
-            device=job.device,
-            workers=job.workers,
-        )
-        recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative", allow_nonfinite=True)
+    _recalibrate_retrained(job, net)
     score = evaluate(net, job.source.test_batches(settings.batch_size, device=job.device))
     result = {
         "label": label,
@@ -407,6 +399,52 @@ def _retrain_one(job: Job, label: str, arch: Architecture) -> dict[str, Any]:
     }
     write_json(job.folder / stage / "result.json", result)
     return result
+
+
+def _recalibrate_retrained(job: Job, net: nn.Module) -> None:
+    """Statistics of a retrained network over the training batches that would come next; always the same ones."""
+    settings = job.config.retrain
+    if not settings.bn_steps:
+        return
+    stream = job.source.train_stream(
+        settings.batch_size,
+        seed=job.config.seed,
+        start_step=settings.steps,
+        full=True,
+        device=job.device,
+        workers=job.workers,
+    )
+    recalibrate(net, first_batches(stream, settings.bn_steps), "cumulative", allow_nonfinite=True)
+
+
+def retrained_labels(folder: Path) -> list[str]:
+    """Labels of the networks of a run whose retraining has finished."""
+    return sorted(path.parent.name for path in folder.glob("retrain/*/result.json"))
+
+
+def retrained(job: Job, label: str) -> tuple[Architecture, nn.Module]:
+    """A retrained network of the run as it was tested, in evaluation mode.
+
+    Args:
+        job: the run; its images are read where statistics were recalibrated after training.
+        label: one of :func:`retrained_labels`.
+
+    Returns:
+        Its architecture and the network, on the job's device.
+
+    Raises:
+        CheckpointError: missing, damaged or foreign checkpoint or result.
+    """
+    folder = job.folder / "retrain" / label
+    result = read_json(folder / "result.json")
+    if not isinstance(result, dict) or not isinstance(result.get("architecture"), list):
+        raise CheckpointError(f"{folder / 'result.json'}: is no result of retraining")
+    arch = job.space.architecture(result["architecture"])
+    net = job.space.build(arch)
+    load_model(net, load_checkpoint(folder / "checkpoint.pt"), folder / "checkpoint.pt")
+    net.to(job.device)
+    _recalibrate_retrained(job, net)
+    return arch, net.eval()
 
 
 def _require_same_start(net: Supernet, config: Config, exchange: distributed.Exchange) -> None:

@@ -4,11 +4,12 @@
 #include "kernels/cuda/bn_states.h"
 #endif
 
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "csrc/bindings/tensors.h"
+#include "csrc/bindings/running.h"
 
 namespace spos::bindings {
 namespace {
@@ -153,50 +154,18 @@ Pair bn_finalize_cpu(const Tensors& mean, const Tensors& var, const Tensors& gam
     });
 }
 
-// Moves `running`, of whatever step, towards the batch's `values`.
-template <typename A>
-void move_towards(const Tensor& running, const void* values, int64_t first, int64_t channels, double share,
-                  double factor) {
-    A* to = static_cast<A*>(running.mutable_data_ptr());
-    const A *from = static_cast<const A*>(values) + first, kept = static_cast<A>(1 - share);
-    const int64_t step = running.stride(0);
-    for (int64_t c = 0; c < channels; ++c)
-        to[c * step] = kept * to[c * step] + static_cast<A>(share * factor) * from[c];
-}
-
 void bn_update_running_cpu(const Tensors& running_mean, const Tensors& running_var, const Tensors& counters,
                            const Tensor& mean, const Tensor& var, const std::vector<int64_t>& channels,
                            const std::vector<int64_t>& count, const std::vector<double>& momentum) {
-    const size_t size = running_mean.size();
-    STD_TORCH_CHECK(running_var.size() == size && channels.size() == size && momentum.size() == size,
-                    "there must be one running_var, and one number of channels and momentum a layer");
-    check_counts(count, "count", size, 2);
     const ScalarType type = mean.scalar_type();
-    const bool wide = type == ScalarType::Double;
-    STD_TORCH_CHECK(wide || type == ScalarType::Float, "mean must be float32 or float64");
+    STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "mean must be float32 or float64");
     const Tensor means = packed(mean), vars = packed(var, type);
-    int64_t first = 0;
-    for (size_t i = 0; i < size; ++i) {
-        for (const Tensor* running : {&running_mean[i], &running_var[i]})
-            STD_TORCH_CHECK(running->scalar_type() == type && running->dim() == 1 && running->size(0) >= channels[i],
-                            "running statistics of layer ", i, " must be [", channels[i],
-                            "] or longer, of the dtype of the batch's");
-        STD_TORCH_CHECK(channels[i] >= 0 && first + channels[i] <= std::min(means.numel(), vars.numel()),
-                        "mean and var must have a value for every channel of every layer");
-        first += channels[i];
-    }
-    for (const Tensor& counter : counters)
-        STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 1,
-                        "counters must be int64 tensors of one value");
-    first = 0;
-    const auto move = wide ? move_towards<double> : move_towards<float>;
-    for (size_t i = 0; i < size; ++i) {
-        const double unbiased = static_cast<double>(count[i]) / static_cast<double>(count[i] - 1);
-        move(running_mean[i], means.const_data_ptr(), first, channels[i], momentum[i], 1);
-        move(running_var[i], vars.const_data_ptr(), first, channels[i], momentum[i], unbiased);
-        first += channels[i];
-    }
-    for (const Tensor& counter : counters) ++*static_cast<int64_t*>(counter.mutable_data_ptr());
+    const RunningStatistics running{running_mean, running_var, counters, momentum};
+    check_running(running, type, channels, count);
+    STD_TORCH_CHECK(
+        std::accumulate(channels.begin(), channels.end(), int64_t{0}) <= std::min(means.numel(), vars.numel()),
+        "mean and var must have a value for every channel of every layer");
+    move_running(running, type, means.const_data_ptr(), vars.const_data_ptr(), channels, count);
 }
 
 #ifdef SPOS_FAST_WITH_CUDA

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "csrc/bindings/cpu_memory.h"
+#include "csrc/bindings/weight_list.h"
 
 namespace spos::bindings {
 namespace {
@@ -176,20 +177,14 @@ Tensor xception_unit_infer_cpu(const Tensor& x, const Tensor& dw1, const Tensor&
 Tensor unit_eval_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& mean,
                      const std::vector<Tensor>& var, const std::vector<Tensor>& gamma, const std::vector<Tensor>& beta,
                      int64_t mid, int64_t stride, double epsilon) {
-    const size_t count = weights.size();
-    STD_TORCH_CHECK(count == 3 || count == 5 || count == 6 || count == 8,
-                    "weights must hold the 3 of a shuffle unit or the 6 of an Xception unit, and the 2 of a projection "
-                    "if there is one; got ",
-                    count);
-    const bool projects = count % 3 != 0;
-    const MaybeTensor proj_dw = projects ? MaybeTensor(weights[count - 2]) : std::nullopt;
-    const MaybeTensor proj_pw = projects ? MaybeTensor(weights[count - 1]) : std::nullopt;
+    const WeightList list(weights);
+    const MaybeTensor proj_dw = list.depthwise_projection(), proj_pw = list.pointwise_projection();
     const auto& w = weights;
-    Arguments unit(x, stride, !projects, 1);
-    const int64_t in = unit.branch_channels(), read = w[count < 6 ? 0 : 1].size(1);
-    STD_TORCH_CHECK(read == in && (count < 6 || w[0].size(0) == in) && (!projects || proj_dw->size(0) == in),
+    Arguments unit(x, stride, !list.projects(), 1);
+    const int64_t in = unit.branch_channels(), read = w[list.shuffle() ? 0 : 1].size(1);
+    STD_TORCH_CHECK(read == in && (list.shuffle() || w[0].size(0) == in) && (!proj_dw || proj_dw->size(0) == in),
                     "x gives ", in, " channels to a branch whose weights are for ", read);
-    if (count < 6)
+    if (list.shuffle())
         shuffle_branches(unit, w[0], w[1], w[2], proj_dw, proj_pw, mid, mid);
     else
         xception_branches(unit, w[0], w[1], w[2], w[3], w[4], w[5], proj_dw, proj_pw, mid, mid);

@@ -7,6 +7,8 @@
 
 #include "csrc/bindings/cpu_memory.h"
 #include "csrc/bindings/groups.h"
+#include "csrc/bindings/running.h"
+#include "csrc/bindings/weight_list.h"
 #include "csrc/cpu/unit.h"
 
 namespace spos::bindings {
@@ -175,6 +177,54 @@ Outputs xception_unit_cpu(const Tensor& x, const Tensor& dw1, const Tensor& pw1,
                    save, groups);
 }
 
+// Vectors of all layers, of which the channels in use are read, behind one another; none of no layer.
+MaybeTensor joined(const std::vector<Tensor>& vectors, const char* name, const UnitArguments& given) {
+    if (vectors.empty()) return std::nullopt;
+    const ScalarType type = statistics_type(given.unit.dtype);
+    const auto layers = given.unit.layers();
+    STD_TORCH_CHECK(vectors.size() == layers.size(), name, " must hold ", layers.size(), " tensors, got ",
+                    vectors.size());
+    const Tensor all = torch::stable::new_empty(given.x, {given.unit.normalised()}, type);
+    char* to = static_cast<char*>(all.mutable_data_ptr());
+    for (size_t i = 0; i < layers.size(); ++i) {
+        STD_TORCH_CHECK(vectors[i].dim() == 1 && vectors[i].size(0) >= layers[i]->out, name, "[", i, "] must be [",
+                        layers[i]->out, "] or longer");
+        const Tensor values = packed(vectors[i], type);
+        const int64_t bytes = layers[i]->out * (type == ScalarType::Double ? sizeof(double) : sizeof(float));
+        std::memcpy(to, values.const_data_ptr(), bytes);
+        to += bytes;
+    }
+    return all;
+}
+
+Tensor unit_train_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& running_mean,
+                      const std::vector<Tensor>& running_var, const std::vector<Tensor>& counters,
+                      const std::vector<Tensor>& gamma, const std::vector<Tensor>& beta,
+                      const std::vector<double>& momentum, int64_t mid, int64_t stride, double epsilon) {
+    const WeightList given_weights(weights);
+    UnitArguments given = unit_arguments(given_weights.shuffle() ? UnitKind::shuffle : UnitKind::xception, x,
+                                         {weights.begin(), weights.begin() + given_weights.main()},
+                                         given_weights.depthwise_projection(), given_weights.pointwise_projection(),
+                                         std::nullopt, std::nullopt, mid, std::nullopt, stride, epsilon);
+    Unit& unit = given.unit;
+    given.gamma = joined(gamma, "gamma", given), given.beta = joined(beta, "beta", given);
+    unit.gamma = data_of(given.gamma), unit.beta = data_of(given.beta);
+    std::vector<int64_t> channels, count;
+    for (const auto* chain : {&unit.main, &unit.projection})
+        for (size_t i = 0; i < chain->size(); ++i) {
+            channels.push_back((*chain)[i].out);
+            count.push_back(unit.pixels_behind(*chain, i));
+        }
+    const ScalarType type = statistics_type(unit.dtype);
+    const RunningStatistics running{running_mean, running_var, counters, momentum};
+    check_running(running, type, channels, count);
+    const Tensor out = kept_image(given.x, unit.samples, unit.out_channels(), unit.out_height(), unit.out_width());
+    std::vector<double> mean(unit.normalised()), var(unit.normalised());  // room for either type
+    unit_forward(unit, {out.mutable_data_ptr(), nullptr, mean.data(), var.data()}, parallel_for);
+    move_running(running, type, mean.data(), var.data(), channels, count);
+    return out;
+}
+
 auto shuffle_unit_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& saved, const Tensor& mean,
                                const Tensor& var, const Tensor& pw1, const Tensor& dw, const Tensor& pw2,
                                const MaybeTensor& proj_dw, const MaybeTensor& proj_pw, const MaybeTensor& gamma,
@@ -203,6 +253,7 @@ Kernels units_kernels() {
         {"shuffle_unit_backward", "CPU", TORCH_BOX(&shuffle_unit_backward_cpu)},
         {"xception_unit", "CPU", TORCH_BOX(&xception_unit_cpu)},
         {"xception_unit_backward", "CPU", TORCH_BOX(&xception_unit_backward_cpu)},
+        {"unit_train", "CPU", TORCH_BOX(&unit_train_cpu)},
     };
 }
 

@@ -23,7 +23,7 @@ class PointwiseGradients {
           tasks_(layer.pixels, std::clamp<int64_t>((1 << 21) / size_, 16, kMostTasks)),
           packed_(pack_rows<A>(layer.weight, layer.row, layer.out, layer.in)),
           products_(scratch<A>(tasks_.count * size_)),
-          zeros_(std::max({out_pitch_, in_pitch_, kPack * panel_packs()})),
+          zeros_(std::max({out_pitch_, in_pitch_, kPack * most_panel_packs()})),
           ones_(in_pitch_, A(1)),
           dz_sums_(centred_ && layer.at_centre ? tasks_.count * layer.out : 0),
           dz_squares_(dz_sums_.size()),

@@ -1,6 +1,7 @@
 #include "csrc/cpu/deviations.h"
 #include "csrc/cpu/layers.h"
 #include "csrc/cpu/matrix.h"
+#include "csrc/cpu/unit_infer_kernels.h"
 #include "csrc/cpu/unit_passes.h"
 
 namespace spos::cpu {
@@ -26,7 +27,7 @@ class PointwiseForward {
         Statistics statistics(tasks.count, l_.out);
         parallel_for(tasks.count, [&](int64_t begin, int64_t end) {
             const auto buffer = scratch<A>(copied_ ? kBlock * l_.in : 0);
-            const auto results = scratch<A>(kStep * panel_packs() * kPack);
+            const auto results = scratch<A>(kStep * most_panel_packs() * kPack);
             Deviations<A> deviations(packed_.packs());
             each_task(begin, end, l_.backwards, [&](int64_t task, int64_t next) {
                 deviations.start();
@@ -51,9 +52,10 @@ class PointwiseForward {
         start_.assign(packed_.packs() * kPack, A(0));
         parallel_for(packed_.panels(), [&](int64_t begin, int64_t end) {
             for (int64_t panel = begin; panel < end; ++panel)
-                pack_transposed(l_.weight, l_.weight_pitch, folded_ ? l_.input.scale : nullptr, packed_, panel);
-            const int64_t width = panel_packs() * kPack;
-            for (int64_t j = begin * width; folded_ && j < std::min(l_.out, end * width); ++j)
+                pack_pointwise(l_.weight, l_.weight_pitch, PackScale<A>{nullptr, folded_ ? l_.input.scale : nullptr},
+                               panel, Panels<A>{packed_.values.data(), packed_.depth, packed_.columns});
+            const int64_t width = panel_packs() * kPack, last = end == packed_.panels() ? l_.out : end * width;
+            for (int64_t j = begin * width; folded_ && j < last; ++j)
                 start_[j] = static_cast<A>(dot(l_.weight + j * l_.weight_pitch, l_.input.shift, l_.in));
         });
     }

@@ -126,9 +126,11 @@ SPOS_SIMD_INLINE void store_codes(int8_t* to, const Pack& code, int64_t lanes, P
     }                                                                                                                  \
     SPOS_SIMD_CLONES bool code_run(const T* weights, int64_t size, const Scale<A>& scale, int64_t bits, int8_t* out) { \
         decltype(load_pack(weights)) bad{};                                                                            \
+        const A factor = bits == 8 ? A(0.5) : A(1), less = bits == 8 ? A(0.5) : A(0);                                  \
         dorefa_run(weights, size, scale, bits,                                                                         \
-                   [&](int64_t i, const auto& code, auto whole, int64_t lanes)                                         \
-                       __attribute__((always_inline)) { store_codes<A, whole>(out + i, code, lanes, bad); });          \
+                   [&](int64_t i, const auto& code, auto whole, int64_t lanes) __attribute__((always_inline)) {        \
+                       store_codes<A, whole>(out + i, code * factor - less, lanes, bad);                               \
+                   });                                                                                                 \
         const A sum = sum_of<A>(bad);                                                                                  \
         return sum == sum;                                                                                             \
     }                                                                                                                  \

@@ -38,7 +38,7 @@ void dorefa(DType dtype, const void* weights, const WeightShape& shape, const st
 void dorefa_backward(DType dtype, const void* grad, const void* weights, const WeightShape& shape, bool per_row,
                      bool detach_max, void* grad_weights, const ParallelFor& parallel_for);
 
-// Codes in 8 bits, and for each row whether all of it were numbers.
+// Codes in 8 bits, and for each row whether all of it were numbers. Of `bits` 8, half of one less than the odd codes.
 void dorefa_codes(DType dtype, const void* weights, const WeightShape& shape, const std::vector<Extent>& extents,
                   int64_t bits, int8_t* codes, bool* numbers, const ParallelFor& parallel_for);
 

@@ -103,7 +103,9 @@ class Inference {
 
     // Windows of all packs where rows are kept for the next step, of one panel's else.
     int64_t windows_size(const Stage<A>& stage) const {
-        return stage.kernel ? (whole_ ? 1 : stage.panels()) * panel_packs() * stage.window_size() : 0;
+        return stage.kernel
+                   ? (whole_ ? std::min(stage.packs(), most_panel_packs()) : stage.packs()) * stage.window_size()
+                   : 0;
     }
 
     bool copies_input() const { return u_.split || !std::is_same_v<T, A>; }
@@ -147,7 +149,7 @@ class Inference {
         auto pack = [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 pack_pointwise(static_cast<const T*>(tasks[i].layer->weights), tasks[i].layer->pitch,
-                               scale ? scale + tasks[i].layer->first : nullptr, tasks[i].panel,
+                               PackScale<A>{scale ? scale + tasks[i].layer->first : nullptr}, tasks[i].panel,
                                tasks[i].stage->weights);
         };
         if (layout.size < kParallelPack)
@@ -290,8 +292,8 @@ class Inference {
         const ToImage<T> made = image(sample, out.begin, branch.first, stage.channels);
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t pack = panel * panel_packs(), channel = pack * kPack;
-            const int64_t width = std::min(panel_packs() * kPack, stage.channels - channel),
-                          packs = divide_up(width, kPack);
+            const int64_t packs = packs_of_panel(panel, stage.packs());
+            const int64_t width = std::min(packs * kPack, stage.channels - channel);
             const PointwisePanel<A> product{input,
                                             pixels,
                                             stage.weights.depth,

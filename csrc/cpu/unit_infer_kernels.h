@@ -67,8 +67,7 @@ void pointwise_relu(const PointwisePanel<A>& panel, const ToImage<T>& to);
 // After the last of what goes past the caches, before another thread may read it.
 void finish_streams();
 
-// Weights of a 1x1 convolution in panels of panel_packs() packs (the last may be narrower), zeros behind the last
-// column.
+// Weights of a 1x1 convolution in panels (matrix.h), zeros behind the last column.
 template <typename A>
 struct Panels {
     A* values = nullptr;
@@ -78,9 +77,13 @@ struct Panels {
     A* panel(int64_t index) const { return values + index * panel_packs() * kPack * depth; }
 };
 
-// Panel `index` of B, of which B[k][j] = scale[j] * weights[j * pitch + k]; scale null: ones.
+// Panel `index` of B, of which B[k][j] = scale.column[j] * (weights[j * pitch + k] * scale.depth[k]); null: ones.
+template <typename A>
+struct PackScale {
+    const A *column = nullptr, *depth = nullptr;
+};
 template <typename A, typename T>
-void pack_pointwise(const T* weights, int64_t pitch, const A* scale, int64_t index, const Panels<A>& to);
+void pack_pointwise(const T* weights, int64_t pitch, const PackScale<A>& scale, int64_t index, const Panels<A>& to);
 
 // shift + depthwise convolution of one pack of channels, output rows `begin` to `end`.
 template <typename A>

@@ -147,11 +147,15 @@ SPOS_SIMD_INLINE void tiles(const PointwisePanel<A>& p, int64_t pixel, int64_t f
     if constexpr (R > 1) tiles<V, R == 14 ? 7 : R / 2, kPacks>(p, pixel, first, to);
 }
 
-// With the 32 registers of AVX-512, 28 of them sums; with 16, 12.
+// With the 32 registers of AVX-512, 28 of them sums (24 of three packs); with 16, 12.
 template <typename A, typename To>
 SPOS_SIMD_INLINE void wide_tiles(const PointwisePanel<A>& p, const To& to) {
-    if constexpr (std::is_same_v<A, float>)
-        if (p.packs == 2) return tiles<WideVector<A>, 14, 2>(p, 0, 0, to);
+    if constexpr (std::is_same_v<A, float>) switch (p.packs) {
+            case 3:
+                return tiles<WideVector<A>, 8, 3>(p, 0, 0, to);
+            case 2:
+                return tiles<WideVector<A>, 14, 2>(p, 0, 0, to);
+        }
     for (int64_t pack = 0; pack < p.packs; ++pack) tiles<WideVector<A>, 14, 1>(p, 0, pack, to);
 }
 template <typename A, typename To>

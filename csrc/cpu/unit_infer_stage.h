@@ -67,7 +67,8 @@ struct Stage {
     int64_t window_size() const {                            // of one pack
         return images * window.slots * window.length + (kernel / 2 + kWindowSlack) * kPack;
     }
-    int64_t panels() const { return divide_up(divide_up(channels, kPack), panel_packs()); }
+    int64_t packs() const { return divide_up(channels, kPack); }
+    int64_t panels() const { return panels_of(packs()); }
 
     // Input rows of the depthwise convolution under these output rows; under the last one all that are left.
     RowRange reach(RowRange out) const {

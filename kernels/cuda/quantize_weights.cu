@@ -58,12 +58,13 @@ struct WeightArguments {
 template <typename A>
 struct DoReFa {
     A n, greatest, m, mean;
-    bool single, constant;  // one bit; whether the maximum is no function of the weights
+    bool single, halved;  // one bit; eight, whose codes int8 holds only half of
+    bool constant;        // whether the maximum is no function of the weights
 
     __device__ DoReFa(const BitChoice& choice, const A* found, int groups, int group) {
         const int bits = choice.bits[chosen(choice)];
         n = static_cast<A>((1 << bits) - 1);
-        single = bits == 1;
+        single = bits == 1, halved = bits == 8;
         greatest = found[group], mean = found[groups + group];
         m = hyperbolic(greatest);
         constant = m < smallest_normal<A>();
@@ -221,8 +222,7 @@ __global__ void store_scales(const BitChoice bits, const A* found, int groups, c
     if (channel >= channels) return;
     if (found != nullptr) {
         const DoReFa<A> quantizer(bits, found, groups, groups == 1 ? 0 : channel);
-        const bool fits = bits.bits[chosen(bits)] < 8;
-        scale[channel] = fits ? quantizer.scale() : static_cast<A>(NAN);
+        scale[channel] = quantizer.halved ? 2 * quantizer.scale() : quantizer.scale();
     } else {
         scale[channel] = Quantizer<1, A>::same(lsq, lsq.channels == 1 ? 0 : channel).size[0];
     }
@@ -252,7 +252,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) store_dorefa_co
                                                                                     int8_t* codes,
                                                                                     Accumulator<T>* scale) {
     const DoReFa<Accumulator<T>> quantizer(g.bits, g.found, g.groups, g.groups == 1 ? 0 : blockIdx.x);
-    store_codes<T, V>(g, codes, scale, [&](Accumulator<T> weight) { return quantizer.code(weight); });
+    using A = Accumulator<T>;
+    store_codes<T, V>(g, codes, scale, [&](A weight) {
+        const A code = quantizer.code(weight);
+        return quantizer.halved ? (code - 1) / 2 : code;
+    });
 }
 
 template <typename T, int V>

@@ -26,7 +26,7 @@ const char* dorefa_weights_backward(const Weights& weights, const BitChoice& bit
                                     void* workspace, void* grad_weight, void* stream);
 
 // codes: laid out as the weights, 0 for a NaN; scale: [output channels], in the dtype of sums, NaN for a channel with a
-// NaN among its codes and for DoReFa's 8 bits, whose codes do not fit. lsq.step null: DoReFa.
+// NaN among its codes. lsq.step null: DoReFa, of whose 8 bits the codes are half of one less than the odd ones.
 const char* weight_codes(const Weights& weights, const StepChoice& lsq, void* workspace, int8_t* codes, void* scale,
                          void* stream);
 

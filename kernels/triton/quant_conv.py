@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from spos_fast.kernels import merging
-from spos_fast.kernels.matrix import add_moments, chunking, image, known, matrix, store_moments, tl_wide
+from spos_fast.kernels.matrix import add_moments, chunking, known, matrix, store_moments, tl_wide
 from spos_fast.ops.quant_codes import quantize_codes, weight_codes
 
+LAST = torch.channels_last
 OPTIONS = {"num_warps": 8, "num_stages": 3}
+SUM_OPTIONS = {"BLOCK_PIXELS": 64, "BLOCK_IN": 32, "num_warps": 8, "num_stages": 1}
 SIZES = [
     "pixels", "rows", "channels_in", "channels_out", "height", "width", "out_height", "out_width", "taps",
     "kernel_width", "stride_y", "stride_x", "padding_y", "padding_x", "dilation_y", "dilation_x",
@@ -211,7 +213,7 @@ def convolve(
         for length, kernel, by, pad, apart in zip((height, width), filters.shape[2:], stride, padding, dilation,
                                                   strict=True)
     ]  # fmt: skip
-    out = image(codes.new_empty((samples, 0), dtype=dtype), channels_out, *size)
+    out = torch.empty((samples, channels_out, *size), dtype=dtype, device=codes.device, memory_format=LAST)
     pixels = samples * size[0] * size[1]
     multiple = _multiple(channels, channels_out)
     block_pixels, block_out, block_in = blocks(channels, channels_out, multiple)
@@ -225,8 +227,8 @@ def convolve(
     if weight_mode == "dorefa":
         sums = torch.empty(pixels, dtype=torch.int32, device=codes.device)
         sum_codes_kernel[(triton.cdiv(pixels, 64),)](
-            pixel_rows, weight_bits, weight_index, sums, *sizes, *settings, BLOCK_PIXELS=64, BLOCK_IN=block_in
-        )
+            pixel_rows, weight_bits, weight_index, sums, *sizes, *settings, **SUM_OPTIONS
+        )  # fmt: skip
     convolve_kernel[(chunks, columns)](
         pixel_rows, filters.permute(0, 2, 3, 1).contiguous(), step, scale, bias, sums,
         act_bits, act_index, weight_bits, weight_index, matrix(out), None if found is None else found.first,
@@ -250,4 +252,4 @@ def _grouped(
     out = out * unit[:, None, None]
     if bias is not None:
         out = out + bias.to(unit.dtype)[:, None, None]
-    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+    return torch.empty(out.shape, dtype=dtype, device=out.device, memory_format=LAST).copy_(out)

@@ -82,7 +82,9 @@ def _headline(result: Consistency) -> str:
         text += f"; without recalibration, {tau_text(bare.statistics)}"
     text += "."
     costs = [each for each in result.references if each.name in ("parameters", "FLOPs")]
-    if costs:
+    if math.isnan(first.statistics.tau):
+        text += " All of them have the same score, so there is no ranking."
+    elif costs:
         low, high = first.statistics.interval
         best = max(costs, key=lambda each: each.statistics.tau)
         tau = best.statistics.tau
@@ -137,7 +139,7 @@ def _tables(result: Consistency) -> str:
             for name, each in rankings
         ],
         "Kendall's tau-b. Best 50% and 10%: among the truly best only. Partial: given the number of parameters. A "
-        "dash: not defined, as all are predicted alike or the predictor is the parameters themselves.",
+        "dash: not defined, as all are predicted alike, the predictor is the parameters, or there are fewer than 10.",
     )
     counts = [entry.k for entry in result.scored[0].statistics.top]
     head = ["", *(f"{what}, first {k:,}" for k in counts for what in (("accuracy",) if k == 1 else _TOP))]

@@ -15,6 +15,8 @@ from scipy import stats
 from spos_fast.errors import InputError
 
 Values = NDArray[np.float64]
+# A tau of fewer says nothing.
+_FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class TopK:
 
 @dataclass(frozen=True)
 class RankStatistics:
-    """How a predictor's ranking agrees with the true one. A correlation is NaN where one side is constant.
+    """How a predictor's ranking agrees with the true one. A correlation is NaN where one side is constant, and among
+    the truly best where these are fewer than 10.
 
     Attributes:
         architectures: how many.
@@ -88,15 +91,15 @@ def rank_statistics(
         InputError: fewer than two architectures, unequal lengths, NaN or infinity.
     """
     x, y = _checked(predicted=predicted, true=true)
-    counts = dict.fromkeys(max(1, round(k * len(x))) if 0 < k < 1 else int(k) for k in top)
+    counts = sorted({max(1, round(k * len(x))) if 0 < k < 1 else int(k) for k in top})
     partial = partial_kendall_tau(x, y, params) if params is not None else float("nan")
     return RankStatistics(
         architectures=len(x),
         tau=kendall_tau(x, y),
         interval=tau_interval(x, y, resamples=resamples, confidence=confidence, seed=seed),
         spearman=spearman_rho(x, y),
-        tau_top_half=kendall_tau(*truly_best(x, y, 0.5)),
-        tau_top_tenth=kendall_tau(*truly_best(x, y, 0.1)),
+        tau_top_half=_tau_of_best(x, y, 0.5),
+        tau_top_tenth=_tau_of_best(x, y, 0.1),
         partial_tau=partial,
         top=tuple(top_k(x, y, k) for k in counts if k <= len(x)),
     )
@@ -180,6 +183,11 @@ def top_k(predicted: ArrayLike, true: ArrayLike, k: int) -> TopK:
     chosen, truly = _chance_of_top(x, k), _chance_of_top(y, k)
     best = _expected_best(y[chosen == 1], y[(chosen > 0) & (chosen < 1)], k)
     return TopK(k, float((chosen * truly).sum()) / k, best, float((chosen * y).sum()) / k, float(y.max()) - best)
+
+
+def _tau_of_best(x: Values, y: Values, share: float) -> float:
+    best = truly_best(x, y, share)
+    return kendall_tau(*best) if len(best[0]) >= _FEWEST else float("nan")
 
 
 def _chance_of_top(values: Values, k: int) -> Values:

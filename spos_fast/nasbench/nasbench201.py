@@ -114,7 +114,7 @@ class NASBench201(ArchitectureTable):
         """
         strings = [str(api[index]) for index in range(len(api))]
         genes = [cell_genes(text) for text in strings]
-        costs = [api.get_cost_info(index, "cifar10") for index in range(len(strings))]
+        costs = [api.get_cost_info(index, "cifar10", hp="200") for index in range(len(strings))]
         columns: dict[str, NDArray] = {
             "ops": np.array(genes, dtype=np.uint8),
             "op_names": np.array(OPS),

@@ -42,6 +42,11 @@ class Cell(nn.Module):
             )
             for names in self.ops
         )
+        if all(len(names) == 1 for names in self.ops):
+            # What is never read never gets a gradient, and DistributedDataParallel waits for all that are asked for.
+            self.edges.requires_grad_(False)
+            for module in self.running((0,) * len(EDGES)):
+                module.requires_grad_(True)
 
     def forward(self, x: Tensor, genes: Sequence[int] = (0,) * len(EDGES)) -> Tensor:
         """Shapes ``[N, channels, H, W] -> [N, channels, H, W]``.

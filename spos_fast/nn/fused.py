@@ -23,8 +23,7 @@ from spos_fast.nn.observation import observed, report
 from spos_fast.ops.dispatch import OPS
 
 _CONV, _NORM, _RELU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
-_KINDS: tuple[type[nn.Module], ...] = (_CONV, _NORM, _RELU)
-_FORWARDS = {kind: kind.forward for kind in _KINDS}  # what the ops stand in for
+_FORWARDS = (_CONV.forward, _NORM.forward, _RELU.forward)  # what the ops stand in for
 _PROJECTION = (_CONV, _NORM, _CONV, _NORM, _RELU)
 
 
@@ -90,7 +89,7 @@ def run(
         return None
     on_batch = list(map(_on_batch_statistics, block.norms))
     if all(on_batch) and has_kernel(plan.op, x):
-        return _train(block, x)
+        return _train(block, x, _wants_gradients(x, block))
     if not any(on_batch) and not _wants_gradients(x, block) and has_kernel(f"{plan.op}_infer", x):
         return _evaluate(block, x)
     return None
@@ -149,7 +148,7 @@ def takes(x: Tensor) -> bool:
         return False
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    return not _has_any_global_hook() and all(kind.forward is forward for kind, forward in _FORWARDS.items())
+    return not _has_any_global_hook() and (_CONV.forward, _NORM.forward, _RELU.forward) == _FORWARDS
 
 
 class Block(NamedTuple):
@@ -242,10 +241,7 @@ def _evaluate(block: Block, x: Tensor) -> Tensor:
     """The block on running statistics."""
     norms = block.norms
     mean, var = ([norm.__dict__["_buffers"][name] for norm in norms] for name in ("running_mean", "running_var"))
-    gamma: list[Tensor] = []
-    beta: list[Tensor] = []
-    if norms[0].affine:
-        gamma, beta = ([norm.__dict__["_parameters"][name] for norm in norms] for name in ("weight", "bias"))
+    gamma, beta = _affine(norms)
     if has_kernel("unit_eval", x):
         given = x, block.weights, mean, var, gamma, beta, block.used, block.stride, norms[0].eps
         return cast(Tensor, below_autograd("unit_eval", *given))
@@ -259,33 +255,50 @@ def _evaluate(block: Block, x: Tensor) -> Tensor:
     return infer(block, x, scale, shift)
 
 
-def _train(block: Block, x: Tensor) -> Tensor:
-    out, mean, var, counts = calibrate(block, x)
-    if not _move_at_once(block, mean, var, counts):
+def _train(block: Block, x: Tensor, wants_gradients: bool) -> Tensor:
+    """The block on batch statistics, which move the running ones."""
+    kept = None if observed() or not has_kernel("unit_train", x) else _running(block.norms)
+    if kept is None:  # somebody observes the layers, or one has a rule of its own
+        out, mean, var, counts = calibrate(block, x)
         widths = block.widths()
         move_statistics(block.norms, mean.split(widths), var.split(widths), counts)
+        return out
+    momenta, *running = kept
+    torch.autograd.graph.increment_version([*running[0], *running[1], *running[2]])
+    if not wants_gradients and x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) > 1:
+        late = block.used, block.stride, block.norms[0].eps
+        affine = _affine(block.norms)
+        return cast(Tensor, below_autograd("unit_train", x, block.weights, *running, *affine, momenta, *late))
+    out, mean, var, counts = calibrate(block, x)
+    below_autograd("bn_update_running", *running, mean, var, block.widths(), counts, momenta)
     return out
 
 
-def _move_at_once(block: Block, mean: Tensor, var: Tensor, counts: Sequence[int]) -> bool:
-    """Move all running statistics in one call, if nobody observes them and none has a rule of its own."""
-    if observed() or not has_kernel("bn_update_running", mean):
-        return False
-    means, variances, counters, momenta = [], [], [], []
-    for norm in block.norms:
+def _affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers' weights and biases; empty lists if they have none."""
+    if not norms[0].affine:
+        return [], []
+    parameters = [norm.__dict__["_parameters"] for norm in norms]
+    return [own["weight"] for own in parameters], [own["bias"] for own in parameters]
+
+
+def _running(norms: Sequence[nn.BatchNorm2d]) -> tuple[list[float], list[Tensor], list[Tensor], list[Tensor]] | None:
+    """Momenta, running means, running variances and counters, if all layers move them by a fixed share."""
+    momenta, means, variances, counters = [], [], [], []
+    for norm in norms:
         own = norm.__dict__
         buffers, momentum = own["_buffers"], own["momentum"]
-        running = buffers["running_mean"], buffers["running_var"]
-        if not own["training"] or momentum is None or any(v is None or v.dtype != mean.dtype for v in running):
-            return False
-        means.append(running[0])
-        variances.append(running[1])
+        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if not own["training"] or momentum is None or mean is None or var is None:
+            return None
+        if mean.dtype != torch.float32 or var.dtype != torch.float32:
+            return None
         momenta.append(momentum)
-        if buffers["num_batches_tracked"] is not None:
-            counters.append(buffers["num_batches_tracked"])
-    torch.autograd.graph.increment_version((*means, *variances, *counters))
-    below_autograd("bn_update_running", means, variances, counters, mean, var, block.widths(), counts, momenta)
-    return True
+        means.append(mean)
+        variances.append(var)
+        if counter is not None:
+            counters.append(counter)
+    return momenta, means, variances, counters
 
 
 @torch.no_grad()

@@ -75,7 +75,9 @@ class Part:
     def __init__(self, module: nn.Module, setting: int | tuple[int, ...] | None = None) -> None:
         self.module, self.setting = module, setting
         self.key: tuple[nn.Module, int | tuple[int, ...] | None] = (module, setting)
-        roots = [module] if setting is None or not hasattr(module, "running") else cast(Any, module).running(setting)
+        roots: list[nn.Module] = [module]
+        if setting is not None and hasattr(module, "running"):
+            roots = cast(Any, module).running(setting)
         layers = [layer for root in roots for layer in root.modules() if isinstance(layer, _BatchNorm)]
         self.norms = [layer for layer in layers if layer.running_mean is not None]
         self.widths = [layer.num_features for layer in self.norms]
@@ -112,22 +114,32 @@ class Part:
         if x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride) < 2:
             raise _single_value(x)
         out, mean, var, counts = fused.calibrate(block, _stacked(inputs), groups)
+        if groups == 1:
+            return [(out, self._moments(mean, var, counts))]
+        vectors = zip(mean.unbind(), var.unbind(), strict=True)
+        moments = [self._moments(m, v, counts) for m, v in vectors]
+        return list(zip(out.split(len(x)), moments, strict=True))
+
+    def _moments(self, mean: Tensor, var: Tensor, counts: list[int]) -> Moments:
+        """Those of a unit, whose layers have one count or, in front of the stride and behind it, several."""
+        first, last = counts[0], counts[-1]
+        if first == last:
+            return Moments([mean], [var], [first])
         changes = [at for at in range(1, len(counts)) if counts[at] != counts[at - 1]]
         sizes = [sum(self.widths[a:b]) for a, b in itertools.pairwise((0, *changes, len(counts)))]
-        vectors = zip(mean.view(groups, -1), var.view(groups, -1), strict=True)
-        moments = [
-            Moments(list(m.split(sizes)), list(v.split(sizes)), [counts[a] for a in (0, *changes)]) for m, v in vectors
-        ]
-        return list(zip(out.split(len(x)), moments, strict=True))
+        return Moments(list(mean.split(sizes)), list(var.split(sizes)), [counts[a] for a in (0, *changes)])
 
     def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
         """For batches of one shape the outputs, each normalised by given statistics."""
         block, groups, x = self._block, len(inputs), inputs[0]
         if block is None or not _taken(inputs) or not fused.has_kernel(f"{block.plan.op}_infer", x):
             return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
-        scales, shifts = ([getattr(each, name) for each in statistics] for name in ("scale", "shift"))
-        scale, shift = (values[0] if groups == 1 else torch.stack(values) for values in (scales, shifts))
-        return list(fused.infer(block, _stacked(inputs), scale, shift, groups).split(len(x)))
+        if groups == 1:
+            given = statistics[0]
+            return [fused.infer(block, x, cast(Tensor, given.scale), cast(Tensor, given.shift))]
+        scales, shifts = ([cast(Tensor, getattr(each, name)) for each in statistics] for name in ("scale", "shift"))
+        made = fused.infer(block, _stacked(inputs), torch.stack(scales), torch.stack(shifts), groups)
+        return list(made.split(len(x)))
 
     def _run(self, x: Tensor) -> Tensor:
         # Others read x too, and a module may write to its input, or return it for the next one to write to.

@@ -190,7 +190,8 @@ class QuantConv2d(SlicedConv2d):
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
-        weight = self.quantized_weight(weight_index, in_channels, out_channels)
+        narrow = x.shape[1] if in_channels is None else in_channels
+        weight = self.quantized_weight(weight_index, narrow, out_channels)
         bias = self.bias
         if bias is not None and weight.shape[0] != bias.shape[0]:
             bias = bias[: weight.shape[0]]

@@ -9,9 +9,10 @@ from spos_fast.ops.bn_normalize import bn_normalize, bn_normalize_reference
 from spos_fast.ops.bn_states import bn_finalize, bn_finalize_reference, bn_merge, bn_merge_reference
 from spos_fast.ops.dispatch import explain
 from spos_fast.ops.fake_quant import fake_quant, fake_quant_backward_reference, fake_quant_reference
-from spos_fast.ops.modules import bn_update_running_reference, unit_eval_reference
+from spos_fast.ops.modules import bn_update_running_reference, unit_eval_reference, unit_train_reference
 from spos_fast.ops.packed_conv import PackedConv2d
 from spos_fast.ops.quant_codes import (
+    dequantize_codes_reference,
     quantize_codes_backward_reference,
     quantize_codes_reference,
     weight_codes_reference,
@@ -46,6 +47,7 @@ __all__ = [
     "bn_normalize_reference",
     "bn_update_running_reference",
     "code_range",
+    "dequantize_codes_reference",
     "dorefa_weights_backward_reference",
     "dorefa_weights_reference",
     "dw_bnstats",
@@ -68,6 +70,7 @@ __all__ = [
     "sliced_batch_norm",
     "sliced_conv2d",
     "unit_eval_reference",
+    "unit_train_reference",
     "weight_codes_reference",
     "xception_unit",
     "xception_unit_infer",

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def define_op(
     reference: Kernel,
     fake: Kernel,
     triton: str | None = None,
+    triton_note: str = "",
     autocast: Iterable[int] = (),
     plain: str | None = None,
     cpu: tuple[Kernel, str] | None = None,
@@ -74,6 +75,7 @@ def define_op(
         fake: shapes and dtypes of the outputs, on tensors without data.
         triton: ``"module:function"`` of the Triton kernel's launcher, imported when it is first called. It
             must carry the schema's defaults too: torch leaves out arguments that equal them.
+        triton_note: what it leaves to others, for :func:`explain`.
         autocast: positions of the tensors that autocast casts to its dtype.
         plain: why the op has no kernels and the reference is its implementation; None if it has.
         cpu: what serves CPUs if that is made of other ops, and of which; None if it is C++.
@@ -82,6 +84,11 @@ def define_op(
     LIBRARY.define(schema)
     torch.library.register_fake(f"spos_fast::{name}", fake, lib=LIBRARY)
     choices = {device: Choice("reference", plain) if plain else _choose(name, device, triton) for device in DEVICES}
+    if triton_note:
+        choices = {
+            device: replace(choice, reason=f"{choice.reason}; {triton_note}") if choice.kernel == "triton" else choice
+            for device, choice in choices.items()
+        }
     if cpu is not None and native.backend() in ("auto", "native"):
         choices["cpu"] = Choice("composite", cpu[1])
         LIBRARY.impl(name, cpu[0], DEVICES["cpu"])

@@ -97,10 +97,45 @@ def bn_update_running_reference(
             running_var[layer][:size].mul_(1 - share).add_(variances[layer], alpha=share * unbiased)
 
 
+def unit_train_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    gamma: Sequence[Tensor],
+    beta: Sequence[Tensor],
+    momentum: Sequence[float],
+    mid: int,
+    stride: int = 1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A unit that normalises by its batch's statistics and moves the running ones, in plain PyTorch.
+
+    Args: see :func:`unit_eval_reference` and :func:`bn_update_running_reference`.
+    """
+    unit = unit_of(x, weights, mid, stride)
+
+    def joined(vectors: Sequence[Tensor]) -> Tensor | None:
+        pairs = zip(vectors, unit.sizes, strict=True)
+        return torch.cat([vector[:size].to(statistics_dtype(x)) for vector, size in pairs]) if vectors else None
+
+    out, _, mean, var = unit_reference.forward(unit, unit, joined(gamma), joined(beta), eps, False)
+    count = [shape[0] * shape[2] * shape[3] for shape in unit.saved_shapes]
+    bn_update_running_reference(running_mean, running_var, counters, mean, var, unit.sizes, count, momentum)
+    return out
+
+
+def _fake_train(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> Tensor:
+    return _fake(x, weights, *rest[6:])
+
+
 def _fake_eval(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> Tensor:
-    # Torch leaves out arguments that equal their defaults.
-    mid, *late = rest[4:]
-    unit = unit_of(x, weights, mid, *late[:1] or (1,))
+    return _fake(x, weights, *rest[4:])
+
+
+def _fake(x: Tensor, weights: Sequence[Tensor], mid: int, stride: int = 1, eps: float = 1e-5) -> Tensor:
+    unit = unit_of(x, weights, mid, stride)
     return torch.empty(unit.out_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -109,7 +144,7 @@ def _fake_update(*_: Any) -> None:
 
 
 def _not_differentiable(*_: Any) -> None:
-    raise RuntimeError("unit_eval is not differentiable; shuffle_unit_infer and xception_unit_infer are")
+    raise RuntimeError("unit_eval and unit_train are not differentiable; shuffle_unit, xception_unit and _infer are")
 
 
 unit_eval = define_op(
@@ -119,6 +154,14 @@ unit_eval = define_op(
     fake=_fake_eval,
 )
 torch.library.register_autograd("spos_fast::unit_eval", _not_differentiable, lib=LIBRARY)
+
+unit_train = define_op(
+    "unit_train(Tensor x, Tensor[] weights, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
+    "Tensor(c!)[] counters, Tensor[] gamma, Tensor[] beta, float[] momentum, SymInt mid, int stride=1, "
+    "float eps=1e-05) -> Tensor",
+    reference=unit_train_reference,
+    fake=_fake_train,
+)
 
 bn_update_running = define_op(
     "bn_update_running(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] counters, Tensor mean, "

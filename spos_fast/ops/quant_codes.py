@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spos_fast.errors import InputError
+from spos_fast.ops.batchnorm import DTYPES
 from spos_fast.ops.channels import LAST, affine, check_affine, check_image
 from spos_fast.ops.dispatch import define_op, not_differentiable
 from spos_fast.ops.quantize_weights import MODES as WEIGHT_MODES
@@ -98,15 +99,45 @@ def quantize_codes_backward_reference(
     return grad_x.to(x.dtype).contiguous(memory_format=LAST), at_index(total, step, index), grad_scale, grad_shift
 
 
+def dequantize_codes_reference(codes: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, step * codes, in plain PyTorch.
+
+    Args:
+        codes: uint8, of any shape and layout; may be empty.
+        step: [], float32 (float64 where ``dtype`` is).
+        dtype: of the result: float32, float64, float16 or bfloat16.
+
+    Returns:
+        Of the codes' shape and layout.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        InputError: a step with dimensions.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if step.dtype != wide:
+        raise TypeError(f"step must be {wide} for values of {dtype}, got {step.dtype}")
+    if step.dim() != 0:
+        raise InputError(f"step must be a tensor without dimensions, got shape {list(step.shape)}")
+    return torch.empty_like(codes, dtype=dtype).copy_(codes.to(wide) * step)
+
+
 def weight_codes_reference(
     weight: Tensor, step: Tensor | None, bits: Tensor, index: Tensor, mode: str, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes of weights, in plain PyTorch; :func:`quantize_weights` gives their product with the scale.
 
+    DoReFa's 8 bits are the exception: their odd codes from -255 to 255 do not fit int8. What is given is half of one
+    less, and the weights are scale * (code + 1/2).
+
     Args:
         weight: [C_out, ...], not empty; float32, float64, float16 or bfloat16, of any layout.
         step: LSQ's, [K] or with ``per_channel`` [K, C_out], float32 (float64 for float64 weights); None for DoReFa.
-        bits: int32 [K], 1 to 8. DoReFa's codes of 8 bits do not fit int8, so that their scale is NaN.
+        bits: int32 [K], 1 to 8.
         index: int32 or int64 [].
         mode: "dorefa" or "lsq".
         per_channel: as of :func:`quantize_weights`.
@@ -124,7 +155,8 @@ def weight_codes_reference(
     if step is None:
         code, scale = dorefa_codes(weight, bits, index, per_channel)
         code = code.view(channels, -1)
-        scale = torch.where(bits[index] == 8, torch.nan, scale)
+        eight = bits[index] == 8
+        code, scale = torch.where(eight, (code - 1) / 2, code), torch.where(eight, 2 * scale, scale)
     else:
         scale = effective_step(step, bits, index, mode).view(-1, 1)
         rows = weight.to(step.dtype).reshape(channels, -1)
@@ -179,6 +211,10 @@ def _fake_codes_backward(
     return grad_x, step.new_empty(step.shape), step.new_empty(channels), step.new_empty(channels)
 
 
+def _fake_values(codes: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
 def _fake_weight_codes(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     scale = weight.new_empty(weight.shape[0], dtype=statistics_dtype(weight))
     return torch.empty_like(weight, dtype=torch.int8), scale
@@ -189,13 +225,19 @@ quantize_codes = define_op(
     "-> (Tensor codes, Tensor step_used)",
     reference=quantize_codes_reference,
     fake=_fake_codes,
-    triton="spos_fast.kernels.quantization:quantize_codes",
+    triton="spos_fast.kernels.quantize_codes:quantize_codes",
 )
 quantize_codes_backward = define_op(
     "quantize_codes_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor step, Tensor bits, "
     "Tensor index, str mode) -> (Tensor grad_x, Tensor grad_step, Tensor grad_scale, Tensor grad_shift)",
     reference=quantize_codes_backward_reference,
     fake=_fake_codes_backward,
+    triton="spos_fast.kernels.quantize_codes:quantize_codes_backward",
+)
+dequantize_codes = define_op(
+    "dequantize_codes(Tensor codes, Tensor step, ScalarType dtype) -> Tensor",
+    reference=dequantize_codes_reference,
+    fake=_fake_values,
 )
 weight_codes = define_op(
     "weight_codes(Tensor weight, Tensor? step, Tensor bits, Tensor index, str mode, bool per_channel) "
@@ -203,5 +245,5 @@ weight_codes = define_op(
     reference=weight_codes_reference,
     fake=_fake_weight_codes,
 )
-for _name in ("quantize_codes", "quantize_codes_backward", "weight_codes"):
+for _name in ("quantize_codes", "quantize_codes_backward", "dequantize_codes", "weight_codes"):
     not_differentiable(_name, f"{_name} has no gradient of its own; use quant_conv2d, which is built of it")

@@ -54,7 +54,9 @@ def quant_conv2d(
     ``conv2d(fake_quant(scale * x + shift), quantize_weights(weight), bias)``, see :func:`fake_quant` and
     :func:`quantize_weights`. On the CPU it runs on integer codes where these fit (weights of up to 7 bits, with LSQ 8;
     activations of up to 8 bits, on machines without VNNI 7): the sums are then exact, and rounded once when they are
-    multiplied by the steps. Elsewhere it is a convolution of fake-quantized values. Differentiable once.
+    multiplied by the steps; elsewhere on the CPU it is a convolution of fake-quantized values. On a GPU it is Triton's
+    product of int8 codes, for all bit-widths, and with ``groups`` PyTorch's convolution of codes as floats.
+    Differentiable once.
 
     Args:
         x: [N, C, H, W], not empty; float32, float64, float16 or bfloat16. Under autocast it is cast to its dtype.
@@ -177,6 +179,8 @@ _op = define_op(
     "bool statistics) -> (Tensor out, Tensor mean, Tensor m2, Tensor codes, Tensor step)",
     reference=quant_conv2d_reference,
     fake=_fake,
+    triton="spos_fast.kernels.quant_conv:quant_conv2d",
+    triton_note="convolutions with groups by PyTorch's, on codes as floats",
     cpu=(_on_codes, "oneDNN's convolution on the codes"),
     autocast=(0,),
 )

@@ -11,11 +11,11 @@ from torch import nn
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
+from spos_fast.nasbench.nasbench_macro import BLOCKS as CHOICES
 from spos_fast.nn.inverted_residual import InvertedResidual, Shortcut
 from spos_fast.spaces.base import CostTable, Space
 from spos_fast.supernet import Network, Supernet
 
-CHOICES = ("identity", "MB3_K3", "MB6_K5")
 # (expansion, kernel size) of the choices behind the first.
 _BLOCKS = ((3, 3), (6, 5))
 

@@ -122,7 +122,9 @@ def test_all_statistics_at_once() -> None:
     assert (got.architectures, got.tau, got.spearman) == (60, kendall_tau(x, y), spearman_rho(x, y))
     assert got.interval == tau_interval(x, y, resamples=20, seed=5)
     assert got.partial_tau == partial_kendall_tau(x, y, params)
-    assert got.tau_top_half == kendall_tau(*truly_best(x, y, 0.5)) and got.tau_top_tenth != got.tau_top_half
+    assert got.tau_top_half == kendall_tau(*truly_best(x, y, 0.5))
+    few, many = (rank_statistics(*_pair(n, False, 3), resamples=1) for n in (90, 100))
+    assert np.isnan(few.tau_top_tenth) and many.tau_top_tenth == kendall_tau(*truly_best(*_pair(100, False, 3), 0.1))
     assert [entry.k for entry in got.top] == [1, 6] and got.top[0] == top_k(x, y, 1)
     assert np.isnan(rank_statistics(x, y, resamples=1).partial_tau)
 

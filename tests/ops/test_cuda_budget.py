@@ -29,7 +29,16 @@ BUDGETS = {
     r"\dfinalize_layersI": (2, 64),
     r"\dsum_of_columnsI": (8, 96),
     r"\dfinish_momentsI": (2, 64),
-    r"\dfinish_sumsI": (6, 64),
+    r"\dfake_quant_columnsI": (8, 80),
+    r"\dfake_quant_runsI": (8, 80),
+    r"\dfake_quant_backward_columnsI": (8, 128),
+    r"\dfake_quant_backward_runsI": (8, 128),
+    r"\dquantize_columnsI": (8, 80),
+    r"\dquantize_backward_columnsI": (8, 128),
+    r"\d(measure_weights|sum_for_maximum|quantize_dorefa|pass_dorefa_gradient)I": (32, 80),
+    r"\dstore_(dorefa|lsq)_codesI": (16, 80),
+    r"\d(store_step|store_scales|finish_step|finish_magnitudes)I": (8, 64),
+    r"\dfinish_sumsI": (10, 64),
 }
 
 

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from spos_fast import ops
 from spos_fast.nn import ShuffleUnit
 from spos_fast.ops.dispatch import OPS
+from spos_fast.ops.modules import unit_of
 from tests.ops.samples import SAMPLES
 from tests.ops.unit_samples import LAST, image
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-unit_eval, bn_update_running = OPS["unit_eval"].overload, OPS["bn_update_running"].overload
+unit_eval, unit_train, bn_update_running = (
+    OPS[name].overload for name in ("unit_eval", "unit_train", "bn_update_running")
+)
 
 
 def cloned(arguments: Any) -> Any:
@@ -24,7 +28,7 @@ def cloned(arguments: Any) -> Any:
     return tree_map_only(Tensor, lambda value: value.clone(memory_format=torch.preserve_format), arguments)
 
 
-@pytest.mark.parametrize("name", ["unit_eval", "bn_update_running"])
+@pytest.mark.parametrize("name", ["unit_eval", "unit_train", "bn_update_running"])
 def test_opcheck(name: str) -> None:
     """Schema (and which arguments are written to), fake tensors and AOT dispatch, as torch itself checks them."""
     samples = SAMPLES[name]()
@@ -46,6 +50,30 @@ def test_folding_is_that_of_the_inference_op() -> None:
                 vectors[layer][mid:] = torch.nan
         got = unit_eval(x, weights, *spoilt, mid, stride, eps)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_step_is_that_of_two_ops() -> None:
+    """unit_train: the bits of the unit's op, and of moving the statistics by what that hands out."""
+    for x, weights, mean, var, counters, gamma, beta, momenta, mid, stride, eps in SAMPLES["unit_train"]():
+        moved, wanted = cloned((mean, var, counters)), cloned((mean, var, counters))
+        got = unit_train(x, weights, *moved, gamma, beta, momenta, mid, stride, eps)
+        unit = unit_of(x, weights, mid, stride)
+        affine = [
+            torch.cat([vector[:size] for vector, size in zip(vectors, unit.sizes, strict=True)])
+            for vectors in (gamma, beta)
+            if vectors
+        ]
+        count = 3 if len(weights) < 6 else 6
+        op = ops.shuffle_unit if count == 3 else ops.xception_unit
+        projection = tuple(weights[count:]) or None
+        out, batch_mean, batch_var = op(
+            x, *weights[:count], *affine, projection=projection, mid=mid, stride=stride, eps=eps
+        )
+        values = [n * h * w for n, _, h, w in unit.saved_shapes]
+        bn_update_running(*wanted, batch_mean, batch_var, unit.sizes, values, momenta)
+        assert torch.equal(got, out)
+        for ours, theirs in zip(moved, wanted, strict=True):
+            assert all(map(torch.equal, ours, theirs))
 
 
 def test_statistics_move_as_batch_norm_moves_them() -> None:
@@ -79,7 +107,7 @@ def test_bad_lists_are_refused_before_anything_moves() -> None:
     mean, var = [torch.zeros(4)], [torch.ones(4)]
     good = (mean, var, [], torch.ones(4), torch.ones(4), [4], [8], [0.5])
     for place, wrong, message in (
-        (1, [], "one running_var"),
+        (1, [], "one running_mean, running_var"),
         (3, torch.ones(3), "a value for every channel"),
         (3, torch.ones(4, dtype=torch.float16), "float32 or float64"),
         (1, [torch.ones(4, dtype=torch.float64)], "dtype of the batch's"),

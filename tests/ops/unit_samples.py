@@ -173,6 +173,16 @@ def evaluated() -> list[Arguments]:
     return found
 
 
+def trained() -> list[Arguments]:
+    """The same units on batch statistics."""
+    found: list[Arguments] = []
+    for x, stored, mean, var, gamma, beta, mid, stride, eps in evaluated():
+        counters = [torch.tensor(layer) for layer in range(len(mean) - 1)]
+        momenta = [0.1 + 0.05 * layer for layer in range(len(mean))]
+        found.append((x, stored, mean, var, counters, gamma, beta, momenta, mid, stride, eps))
+    return found
+
+
 def _infer_backward(kind: str) -> list[Arguments]:
     generator = torch.Generator().manual_seed(5)
     found: list[Arguments] = []
@@ -191,4 +201,4 @@ UNIT_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
         ("_infer", _infer),
         ("_infer_backward", _infer_backward),
     )
-} | {"unit_eval": evaluated}
+} | {"unit_eval": evaluated, "unit_train": trained}

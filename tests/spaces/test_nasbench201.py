@@ -103,6 +103,15 @@ def test_an_extracted_network_is_its_path(sizes):
     assert not any(module.affine for module in net.modules() if isinstance(module, nn.BatchNorm2d))
 
 
+def test_a_network_of_its_own_asks_for_the_gradients_that_it_gets():
+    """DistributedDataParallel fails on a parameter whose gradient is asked for and never made."""
+    space = NASBench201(**SIZES["small"])
+    for genes in ((3, 3, 2, 1, 0, 3), (3, 3, 2, 3, 0, 0), (3, 2, 3, 3, 3, 2)):
+        network = space.build(space.architecture(genes))
+        network(_images(space)).sum().backward()
+        assert all(parameter.requires_grad == (parameter.grad is not None) for parameter in network.parameters())
+
+
 def test_reduced_spaces_are_the_papers():
     """Names and sizes; the same cell costs the same in all of them."""
     assert [NASBench201.reduced(number).size for number in (1, 2, 3)] == [4**6, 4**6, 3**6]

@@ -11,6 +11,7 @@ from spos_fast import Constraint, UniformSampler
 from spos_fast.errors import InputError
 from spos_fast.spaces import QuantResNet
 from spos_fast.spaces.bits import named_bits
+from spos_fast.widening import WideningSampler
 
 G = 2**30
 UNIFORM = ((2, 2), (3, 3), (4, 4))
@@ -141,3 +142,12 @@ def test_names_of_bits():
         InputError, match="uniform_bits: got '3'; expected bits of weights and activations such as 3W4A"
     ):
         named_bits("uniform_bits", ["3"])
+
+
+def test_widening_schedule_runs_over_its_widths():
+    """The schedule of widths works beside bits: the widest alone at first, all pairs of bit-widths from the start."""
+    sampler = WideningSampler(UniformSampler(tiny()), steps=100, start=0.5, end=0.8)
+    early = [sampler.at(0, step).genes for step in range(50)]
+    assert {gene for genes in early for gene in genes[1::2]} == {2}
+    assert {gene for genes in early for gene in genes[::2]} == set(range(6))
+    assert {gene for step in range(80, 100) for gene in sampler.at(0, step).genes[1::2]} == {0, 1, 2}

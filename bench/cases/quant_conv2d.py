@@ -80,7 +80,7 @@ def _case(device: str, batch: int, channels: int, side: int, name: str) -> Case:
             "composed": bind(composed),
             "compile composed": bind(composed, compiled),
         },
-        tests=("tests/ops/test_quant_conv2d.py", "tests/nn/test_quant.py"),
+        tests=("tests/ops/test_quant_conv2d.py", "tests/ops/test_every_op.py", "tests/nn/test_quant.py"),
         tolerance=2e-2,
         items=batch,
         unit="images",

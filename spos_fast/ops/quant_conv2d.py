@@ -213,8 +213,10 @@ def _backward(
         grad_values, grad_filters, grad_bias = torch.ops.aten.convolution_backward(
             whole, values, filters, sizes, *_aten(ctx.settings), wanted
         )
+        del values, filters, whole, grad  # at the last layers, where all that forward left is alive
         if wanted[0]:
             grads = quantize_codes_backward(grad_values, x, *activation)
+            del grad_values
             found |= zip(("x", "act_step", "scale", "shift"), grads, strict=True)
         if wanted[1]:
             grads = _weights_backward(grad_filters.to(weight.dtype), weight, *weights)

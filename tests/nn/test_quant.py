@@ -186,13 +186,11 @@ def test_first_steps() -> None:
     block = QuantBasicBlock(4, 4, 4, weight_bits=2, act_bits=3, weight_quantizer="lsq", act_quantizer="lsq")
     x = image(8, 4, 6, 6) * 3
     initialize_steps(block, x)
-    torch.testing.assert_close(float(block.conv1.act.step), float(2 * x.mean() / 7**0.5), rtol=1e-5, atol=0)
-    torch.testing.assert_close(
-        float(block.conv2.weight_step), float(2 * block.conv2.weight.abs().mean()), rtol=1e-5, atol=0
-    )
+    assert block.conv1.act.step.item() == pytest.approx(2 * x.mean().item() / 7**0.5, rel=1e-5)
+    assert block.conv2.weight_step.item() == pytest.approx(2 * block.conv2.weight.abs().mean().item(), rel=1e-5)
     with torch.no_grad():
         seen = block.train().bn1(block.conv1(x)).relu().mean()
-    torch.testing.assert_close(float(block.conv2.act.step), float(2 * seen / 7**0.5), rtol=1e-4, atol=0)
+    assert block.conv2.act.step.item() == pytest.approx(2 * seen.item() / 7**0.5, rel=1e-4)
 
 
 def test_compiled_layer_draws_bits() -> None:

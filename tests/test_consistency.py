@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,29 +151,30 @@ def test_the_report_is_one_page_of_its_own(finished):
     assert "spos-fast consistency --folder runs/again" in text and "--consistency.n 12" in text
 
 
-def test_a_second_run_scores_nothing_and_a_larger_one_only_what_is_new(finished, macro_table, monkeypatch):
+def test_a_second_run_scores_nothing_and_a_larger_one_only_what_is_new(finished, macro_table, tmp_path, monkeypatch):
     """What is on record is used: for the same command, for a way more, and for more architectures."""
-    asked = []
+    run, asked = tmp_path / "run", []
+    shutil.copytree(finished, run)
     original = consistency.Evaluator.__call__
     monkeypatch.setattr(
         consistency.Evaluator, "__call__", lambda self, archs: asked.append(len(archs)) or original(self, archs)
     )
-    before = _scores(finished)
+    before = _scores(run)
     flags = ["--ablation", "ema,cumulative,none", "--calibration-images", "64,32", "--checkpoints", "true"]
-    result = json.loads((finished / "consistency" / "result.json").read_text())
-    assert _run(finished, macro_table, *flags) == 0
-    assert not asked and _scores(finished) == before
-    assert json.loads((finished / "consistency" / "result.json").read_text()) == result
-    assert _run(finished, macro_table, "--ablation", "ema,pooled", "--checkpoints", "false") == 0
-    assert asked == [12] and len(_scores(finished)) == 6
+    result = json.loads((run / "consistency" / "result.json").read_text())
+    assert _run(run, macro_table, *flags) == 0
+    assert not asked and _scores(run) == before
+    assert json.loads((run / "consistency" / "result.json").read_text()) == result
+    assert _run(run, macro_table, "--ablation", "ema,pooled", "--checkpoints", "false") == 0
+    assert asked == [12] and len(_scores(run)) == 6
     asked.clear()
-    assert _run(finished, macro_table, "--ablation", "none", "--checkpoints", "false", "--n", "15") == 0
+    assert _run(run, macro_table, "--ablation", "none", "--checkpoints", "false", "--n", "15") == 0
     assert asked == [3]
     known = {tuple(row["genes"]): row["loss"] for row in before["none"]}
-    grown = {tuple(row["genes"]): row["loss"] for row in _scores(finished)["none"][12:]}
+    grown = {tuple(row["genes"]): row["loss"] for row in _scores(run)["none"][12:]}
     assert len(grown) == 15 and known.items() <= grown.items()
-    assert _run(finished, macro_table, *flags) == 0  # the smaller number again, from the same records
-    assert asked == [3] and json.loads((finished / "consistency" / "result.json").read_text()) == result
+    assert _run(run, macro_table, *flags) == 0  # the smaller number again, from the same records
+    assert asked == [3] and json.loads((run / "consistency" / "result.json").read_text()) == result
 
 
 def test_an_interrupted_run_goes_on_to_the_same_scores(finished, macro_table, tmp_path, monkeypatch):
@@ -257,16 +259,13 @@ def test_a_space_without_a_table_is_refused(macro_table, tmp_path, capsys):
     assert "no table of shufflenet_v2" in capsys.readouterr().err
 
 
-def test_a_damaged_record_is_named(finished, macro_table, capsys):
+def test_a_damaged_record_is_named(finished, macro_table, tmp_path, capsys):
     """Records of something else are never taken for scores."""
-    path = finished / "consistency" / "pooled_64_in_128.jsonl"
-    kept = path.read_bytes() if path.exists() else None
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "consistency" / "none.jsonl"
     path.write_text('{"genes": [1]}\n')
-    try:
-        assert _run(finished, macro_table, "--ablation", "pooled") == 2
-        assert f"{path}: line 1 is no scored candidate" in capsys.readouterr().err
-    finally:
-        path.unlink() if kept is None else path.write_bytes(kept)
+    assert _run(tmp_path / "run", macro_table, "--ablation", "none") == 2
+    assert f"{path}: line 1 is no scored candidate" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_be_are_refused_in_files_too():

@@ -305,6 +305,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_codes_backward_cpu(const Ten
     return {grad_x, grad_step, grad_scale, grad_shift};
 }
 
+DType dtype_named(ScalarType type) {
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                        type == ScalarType::BFloat16,
+                    "dtype must be float32, float64, float16 or bfloat16");
+    return type == ScalarType::Double     ? DType::float64
+           : type == ScalarType::Half     ? DType::float16
+           : type == ScalarType::BFloat16 ? DType::bfloat16
+                                          : DType::float32;
+}
+
+Tensor dequantize_codes_cpu(const Tensor& codes, const Tensor& step, ScalarType type) {
+    const DType dtype = dtype_named(type);
+    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, "codes must be uint8");
+    STD_TORCH_CHECK(step.dim() == 0 && step.scalar_type() == statistics_type(dtype),
+                    "step must be float32 (float64 for float64 values) and without dimensions");
+    const Tensor input = dense(codes), values = new_like(input, type, item_size(dtype));
+    spos::cpu::dequantize_codes(dtype, static_cast<const uint8_t*>(input.const_data_ptr()), input.numel(),
+                                step.const_data_ptr(), values.mutable_data_ptr(), parallel_for);
+    return values;
+}
+
 // --- weights ---
 
 // A weight as memory has it: rows of what shares a maximum, or of channels.
@@ -398,6 +419,7 @@ std::tuple<Tensor, Tensor> weight_codes_cpu(const Tensor& weight, const MaybeTen
 
 Kernels quant_kernels() {
     return {
+        {"dequantize_codes", "CPU", TORCH_BOX(&dequantize_codes_cpu)},
         {"dorefa_weights", "CPU", TORCH_BOX(&dorefa_weights_cpu)},
         {"dorefa_weights_backward", "CPU", TORCH_BOX(&dorefa_weights_backward_cpu)},
         {"fake_quant", "CPU", TORCH_BOX(&fake_quant_cpu)},

@@ -75,6 +75,22 @@ SPOS_SIMD_INLINE double pass_columns_back(const T* grad, const T* x, const Colum
     return total;
 }
 
+template <typename T, typename A>
+SPOS_SIMD_INLINE void walk_codes(const uint8_t* codes, int64_t size, A step, T* values) {
+    typedef int32_t IntPack __attribute__((vector_size(kPack * sizeof(int32_t))));
+    using Pack = decltype(load_pack(&step));
+    auto value = [=](const uint8_t* from, int64_t lanes) __attribute__((always_inline)) {
+        BytePack bytes{};
+        std::memcpy(&bytes, from, lanes);
+        // In steps, which GCC makes vector code of.
+        const auto shorts = __builtin_convertvector(bytes, detail::ShortPack);
+        return __builtin_convertvector(__builtin_convertvector(shorts, IntPack), Pack) * step;
+    };
+    int64_t i = 0;
+    for (; i + kPack <= size; i += kPack) store_pack(values + i, value(codes + i, kPack));
+    if (i < size) store_partial(values + i, value(codes + i, size - i), size - i);
+}
+
 // The channels of a block of pixels, all of them: kPacks packs at a time, then one, then what is left.
 template <typename Body>
 SPOS_SIMD_INLINE void each_columns(int64_t channels, Body body) {
@@ -109,6 +125,9 @@ SPOS_SIMD_INLINE void each_columns(int64_t channels, Body body) {
                                                                 bounds, grad_x + c, scale_sums + c, shift_sums + c);  \
         });                                                                                                           \
         return sum;                                                                                                   \
+    }                                                                                                                 \
+    SPOS_SIMD_CLONES void code_values(const uint8_t* codes, int64_t size, A step, T* values) {                        \
+        walk_codes(codes, size, step, values);                                                                        \
     }
 SPOS_BLOCKS(float, float)
 SPOS_BLOCKS(double, double)
@@ -200,6 +219,15 @@ void backward(const void* grad, const void* x, int64_t pixels, int64_t channels,
     }
 }
 
+template <typename T>
+void dequantize(const uint8_t* codes, int64_t size, const void* step, void* values, const ParallelFor& parallel_for) {
+    using A = typename Compute<T>::type;
+    parallel_for(divide_up(size, kTaskElements), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kTaskElements, last = std::min(size, end * kTaskElements);
+        code_values(codes + first, last - first, *static_cast<const A*>(step), static_cast<T*>(values) + first);
+    });
+}
+
 }  // namespace
 
 bool quantize_codes(DType dtype, const void* x, int64_t pixels, int64_t channels, const void* scale, const void* shift,
@@ -227,6 +255,15 @@ void quantize_codes_backward(DType dtype, const void* grad, const void* x, int64
                                                 : backward<float>;
     run(grad, x, pixels, channels, scale, shift, quantizer, step, grad_x, step_sum, scale_sums, shift_sums,
         parallel_for);
+}
+
+void dequantize_codes(DType dtype, const uint8_t* codes, int64_t size, const void* step, void* values,
+                      const ParallelFor& parallel_for) {
+    const auto run = dtype == DType::float64    ? dequantize<double>
+                     : dtype == DType::float16  ? dequantize<Half>
+                     : dtype == DType::bfloat16 ? dequantize<BFloat16>
+                                                : dequantize<float>;
+    run(codes, size, step, values, parallel_for);
 }
 
 }  // namespace spos::cpu

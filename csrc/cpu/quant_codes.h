@@ -20,4 +20,8 @@ void quantize_codes_backward(DType dtype, const void* grad, const void* x, int64
                              void* grad_x, double* step_sum, double* scale_sums, double* shift_sums,
                              const ParallelFor& parallel_for);
 
+// values: step * codes, `size` of them, of `dtype`.
+void dequantize_codes(DType dtype, const uint8_t* codes, int64_t size, const void* step, void* values,
+                      const ParallelFor& parallel_for);
+
 }  // namespace spos::cpu

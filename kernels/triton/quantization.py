@@ -1,4 +1,4 @@
-"""Fake quantization and codes of activations in Triton: the twins of kernels/cuda/fake_quant.cu and quantize_codes.cu.
+"""Fake quantization in Triton, the twin of kernels/cuda/fake_quant.cu, and what codes of activations share with it.
 
 Values are [outer, channels, inner] in memory, one channel where all share a step. A program takes a chunk of the items
 (what a channel has, outer * inner) for one block of channels. Which bit-width it is, and its step, are read on the
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spos_fast.kernels.matrix import activation, chunking, matrix, tl_wide, wide
+from spos_fast.kernels.matrix import chunking, tl_wide, wide
 from spos_fast.ops.quantizers import MIN_STEP
 
 LEAST_STEP = tl.constexpr(MIN_STEP)
@@ -190,41 +190,6 @@ def finish_kernel(
         tl.store(grad_offset + at, tl.where(chosen, of_offset, 0.0).to(grad_step.dtype.element_ty), mask=in_range)
 
 
-@triton.jit
-def store_step_kernel(step, bits, index, step_used, PACT: tl.constexpr, WIDE: tl.constexpr):
-    """The step that quantize_codes_kernel, launched next, may turn into NaN."""
-    which = tl.load(index).to(tl.int32)
-    _, high, _ = code_range(tl.load(bits + which), False, WIDE)
-    tl.store(step_used, effective_step(step, which, True, high, PACT, WIDE))
-
-
-@triton.jit(do_not_specialize=["pixels", "rows", "channels", "x_distance"])
-def quantize_codes_kernel(
-    x, scale, shift, step, bits, index, codes, step_used, pixels, rows, channels, x_distance,
-    PACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_ITEMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Program (chunk of pixels, block of channels). codes: [pixels, channels], 0 for a NaN, which the step becomes."""
-    which = tl.load(index).to(tl.int32)
-    low, high, single = code_range(tl.load(bits + which), False, WIDE)
-    size = effective_step(step, which, True, high, PACT, WIDE)
-    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    in_range = channel < channels
-    begin = tl.program_id(0) * rows
-    end = tl.minimum(begin + rows, pixels)
-    for first in range(begin, end, BLOCK_ITEMS):
-        pixel = first + tl.arange(0, BLOCK_ITEMS)
-        mask = (pixel < end)[:, None] & in_range[None, :]
-        row = pixel.to(tl.int64)[:, None]
-        value = tl.load(x + row * x_distance + channel[None, :], mask=mask, other=0.0).to(WIDE)
-        value = activation(value, scale, shift, channel, in_range, False)
-        code = code_of(ratio(value, size, WIDE), low, high, single, False, WIDE)
-        missing = (code != code) & mask
-        tl.store(codes + row * channels + channel[None, :], tl.where(missing, 0.0, code).to(tl.uint8), mask=mask)
-        # All who write it write the same.
-        none = tl.max(tl.max(missing.to(tl.int32), axis=1), axis=0)
-        tl.store(step_used, float("nan"), mask=none > 0)
-
-
 class Layout(NamedTuple):
     """How programs share values [outer, channels, inner].
 
@@ -279,7 +244,7 @@ def fake_quant(
     shape = layout(x, axis)
     chunks, per_chunk = chunking(shape.items, shape.block_items, shape.columns)
     fake_quant_kernel[(chunks, shape.columns)](
-        x, step.contiguous(), _packed(offset), bits.contiguous(), index, out,
+        x, step.contiguous(), packed(offset), bits.contiguous(), index, out,
         shape.items, per_chunk, shape.channels, shape.inner, bits.shape[0],
         PACT=mode.startswith("pact"), SIGNED=signed, RUNS=shape.runs, WIDE=tl_wide(x),
         BLOCK_ITEMS=shape.block_items, BLOCK_CHANNELS=shape.block_channels,
@@ -298,7 +263,7 @@ def fake_quant_backward(
         return grad_x, torch.zeros_like(step), torch.zeros_like(step)
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    step, offset, bits = step.contiguous(), _packed(offset), bits.contiguous()
+    step, offset, bits = step.contiguous(), packed(offset), bits.contiguous()
     shape, pact = layout(x, axis), mode.startswith("pact")
     chunks, per_chunk = chunking(shape.items, shape.block_items, shape.columns)
     partial = torch.empty((chunks, 2, shape.channels), dtype=wide(x), device=x.device)
@@ -316,25 +281,6 @@ def fake_quant_backward(
     return grad_x, grad_step, grad_offset
 
 
-def quantize_codes(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, step: Tensor, bits: Tensor, index: Tensor, mode: str
-) -> tuple[Tensor, Tensor]:
-    """Launch the kernels on x's device; see spos_fast.ops.quant_codes, which checks the arguments."""
-    rows = matrix(x)
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
-    step_used = torch.empty((), dtype=step.dtype, device=x.device)
-    step, bits, pact = step.contiguous(), bits.contiguous(), mode.startswith("pact")
-    store_step_kernel[(1,)](step, bits, index, step_used, PACT=pact, WIDE=tl_wide(x))
-    across = min(64, triton.next_power_of_2(x.shape[1]))
-    columns = triton.cdiv(x.shape[1], across)
-    chunks, per_chunk = chunking(rows.shape[0], VALUES // across, columns)
-    quantize_codes_kernel[(chunks, columns)](
-        rows, _packed(scale), _packed(shift), step, bits, index, codes, step_used,
-        rows.shape[0], per_chunk, x.shape[1], rows.stride(0),
-        PACT=pact, WIDE=tl_wide(x), BLOCK_ITEMS=VALUES // across, BLOCK_CHANNELS=across,
-    )  # fmt: skip
-    return codes, step_used
-
-
-def _packed(values: Tensor | None) -> Tensor | None:
+def packed(values: Tensor | None) -> Tensor | None:
+    """Contiguous, if there is one."""
     return None if values is None else values.contiguous()

@@ -111,35 +111,45 @@ class GraphWeight(nn.Module):
         return weight if self.shift is None else weight + self.shift
 
 
-class GraphConv2d(nn.Module):
+class GraphConv2d(QuantConv2d):
     """A :class:`QuantConv2d` as a float convolution of a :class:`GraphAct` and a :class:`GraphWeight`."""
 
-    # Blocks that fold their layers into one another look at this, and call the layers instead.
-    on_codes = False
+    name: str
+    weights: nn.ModuleList
+    acts: nn.ModuleList
 
-    def __init__(self, layer: QuantConv2d, opset: int, name: str) -> None:
-        super().__init__()
-        self.name, self.in_channels, self.out_channels = name, layer.in_channels, layer.out_channels
-        self.weights = nn.ModuleList(GraphWeight(layer, index, opset, name) for index in range(len(layer.weight_bits)))
-        self.acts = nn.ModuleList(GraphAct(layer.act, index, opset, name) for index in range(len(layer.act.bits)))
-        self.bias = layer.bias
-        self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
+    @classmethod
+    def of(cls, layer: QuantConv2d, opset: int, name: str) -> GraphConv2d:
+        """The layer as it goes into a graph."""
+        act = layer.act
+        made = cls.from_float(
+            layer,
+            weight_bits=layer.weight_bits,
+            act_bits=act.bits,
+            weight_quantizer=layer.weight_quantizer,
+            act_quantizer=act.quantizer,
+            per_channel=layer.per_channel,
+            signed_act=act.signed,
         )
-        self.around = layer._reversed_padding_repeated_twice
-        self.padding_mode = layer.padding_mode
+        assert isinstance(made, cls)
+        made.name = name
+        made.weights = nn.ModuleList(GraphWeight(layer, index, opset, name) for index in range(len(layer.weight_bits)))
+        made.acts = nn.ModuleList(GraphAct(act, index, opset, name) for index in range(len(act.bits)))
+        return made
 
-    def forward(
+    @property
+    def on_codes(self) -> bool:
+        """No: blocks that fold their layers into one another look at this, and call the layers instead."""
+        return False
+
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        weight_index: int = 0,
-        act_index: int = 0,
+        weight_index: int | Tensor = 0,
+        act_index: int | Tensor = 0,
         *,
-        in_channels: int | None = None,
-        out_channels: int | None = None,
+        in_channels: int | Tensor | None = None,
+        out_channels: int | Tensor | None = None,
     ) -> Tensor:
         """As :meth:`QuantConv2d.forward`, with indices that are known and all channels."""
         if isinstance(weight_index, Tensor) or isinstance(act_index, Tensor):
@@ -149,24 +159,25 @@ class GraphConv2d(nn.Module):
         x, padding = self.acts[act_index](x), self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = functional.pad(x, self.around, mode), (0, 0)
+            x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
         weight = self.weights[weight_index]()
         return functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-class GraphQuantAct(nn.Module):
-    """A :class:`QuantAct` that stands alone."""
+class GraphQuantAct(QuantAct):
+    """A :class:`QuantAct` that stands alone, as a :class:`GraphAct`."""
 
     def __init__(self, act: QuantAct, opset: int, name: str) -> None:
-        super().__init__()
+        super().__init__(act.bits, quantizer=act.quantizer, signed=act.signed, channels=act.channels)
         self.name = name
         self.acts = nn.ModuleList(GraphAct(act, index, opset, name) for index in range(len(act.bits)))
 
-    def forward(self, x: Tensor, index: int = 0) -> Tensor:
+    def forward(self, x: Tensor, index: int | Tensor = 0) -> Tensor:
         """As :meth:`QuantAct.forward`, with an index that is known."""
         if isinstance(index, Tensor):
             raise InputError(f"{self.name}: an index of bit-widths must be an int in a graph, not a tensor")
-        return self.acts[index](x)
+        made: Tensor = self.acts[index](x)
+        return made
 
 
 def graph_module(module: nn.Module, opset: int, name: str = "", made: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -181,7 +192,7 @@ def graph_module(module: nn.Module, opset: int, name: str = "", made: dict[int, 
     made = {} if made is None else made
     if id(module) not in made:
         if isinstance(module, QuantConv2d):
-            made[id(module)] = GraphConv2d(module, opset, name or "network")
+            made[id(module)] = GraphConv2d.of(module, opset, name or "network")
         elif isinstance(module, QuantAct):
             made[id(module)] = GraphQuantAct(module, opset, name or "network")
         else:

@@ -12,6 +12,7 @@ from spos_fast.ops.fake_quant import fake_quant, fake_quant_backward_reference, 
 from spos_fast.ops.modules import bn_update_running_reference, unit_eval_reference, unit_train_reference
 from spos_fast.ops.packed_conv import PackedConv2d
 from spos_fast.ops.quant_codes import (
+    dequantize_codes_reference,
     quantize_codes_backward_reference,
     quantize_codes_reference,
     weight_codes_reference,
@@ -46,6 +47,7 @@ __all__ = [
     "bn_normalize_reference",
     "bn_update_running_reference",
     "code_range",
+    "dequantize_codes_reference",
     "dorefa_weights_backward_reference",
     "dorefa_weights_reference",
     "dw_bnstats",

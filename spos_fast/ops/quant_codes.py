@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spos_fast.errors import InputError
+from spos_fast.ops.batchnorm import DTYPES
 from spos_fast.ops.channels import LAST, affine, check_affine, check_image
 from spos_fast.ops.dispatch import define_op, not_differentiable
 from spos_fast.ops.quantize_weights import MODES as WEIGHT_MODES
@@ -96,6 +97,33 @@ def quantize_codes_backward_reference(
         grad_x = through * scale[:, None, None]
         grad_scale, grad_shift = (through * x.to(step.dtype)).sum((0, 2, 3)), through.sum((0, 2, 3))
     return grad_x.to(x.dtype).contiguous(memory_format=LAST), at_index(total, step, index), grad_scale, grad_shift
+
+
+def dequantize_codes_reference(codes: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, step * codes, in plain PyTorch.
+
+    Args:
+        codes: uint8, of any shape and layout; may be empty.
+        step: [], float32 (float64 where ``dtype`` is).
+        dtype: of the result: float32, float64, float16 or bfloat16.
+
+    Returns:
+        Of the codes' shape and layout.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        InputError: a step with dimensions.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if step.dtype != wide:
+        raise TypeError(f"step must be {wide} for values of {dtype}, got {step.dtype}")
+    if step.dim() != 0:
+        raise InputError(f"step must be a tensor without dimensions, got shape {list(step.shape)}")
+    return torch.empty_like(codes, dtype=dtype).copy_(codes.to(wide) * step)
 
 
 def weight_codes_reference(
@@ -183,6 +211,10 @@ def _fake_codes_backward(
     return grad_x, step.new_empty(step.shape), step.new_empty(channels), step.new_empty(channels)
 
 
+def _fake_values(codes: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
 def _fake_weight_codes(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     scale = weight.new_empty(weight.shape[0], dtype=statistics_dtype(weight))
     return torch.empty_like(weight, dtype=torch.int8), scale
@@ -193,13 +225,19 @@ quantize_codes = define_op(
     "-> (Tensor codes, Tensor step_used)",
     reference=quantize_codes_reference,
     fake=_fake_codes,
-    triton="spos_fast.kernels.quantization:quantize_codes",
+    triton="spos_fast.kernels.quantize_codes:quantize_codes",
 )
 quantize_codes_backward = define_op(
     "quantize_codes_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor step, Tensor bits, "
     "Tensor index, str mode) -> (Tensor grad_x, Tensor grad_step, Tensor grad_scale, Tensor grad_shift)",
     reference=quantize_codes_backward_reference,
     fake=_fake_codes_backward,
+    triton="spos_fast.kernels.quantize_codes:quantize_codes_backward",
+)
+dequantize_codes = define_op(
+    "dequantize_codes(Tensor codes, Tensor step, ScalarType dtype) -> Tensor",
+    reference=dequantize_codes_reference,
+    fake=_fake_values,
 )
 weight_codes = define_op(
     "weight_codes(Tensor weight, Tensor? step, Tensor bits, Tensor index, str mode, bool per_channel) "
@@ -207,5 +245,5 @@ weight_codes = define_op(
     reference=weight_codes_reference,
     fake=_fake_weight_codes,
 )
-for _name in ("quantize_codes", "quantize_codes_backward", "weight_codes"):
+for _name in ("quantize_codes", "quantize_codes_backward", "dequantize_codes", "weight_codes"):
     not_differentiable(_name, f"{_name} has no gradient of its own; use quant_conv2d, which is built of it")

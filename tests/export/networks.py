@@ -59,8 +59,9 @@ def border_distances(network, images):
         grid = act_grid(act)
         x = arguments[0] if grid.offset is None else arguments[0] - grid.offset
         n = 2**grid.bits - 1
-        v = (x / grid.step).clamp(0, n)
-        distance = (v - v.floor() - 0.5).abs() / n
+        low = -(2 ** (grid.bits - 1)) if grid.signed else 0
+        v = (x / grid.step).clamp(low, low + n)
+        distance = (v if grid.signed and grid.bits == 1 else v - v.floor() - 0.5).abs() / n
         least.copy_(torch.minimum(least, distance.flatten(1).amin(1)))
 
     hooks = [act.register_forward_pre_hook(look) for act in network.modules() if isinstance(act, QuantAct)]

@@ -92,7 +92,7 @@ def test_mistakes(finished, tmp_path, capsys, monkeypatch):
         (["export", "--folder", str(tmp_path / "empty"), *out], "is not a run folder"),
         (["export", "--folder", str(tmp_path / "begun"), *out], "run `spos-fast retrain --folder"),
         ([*run, *out, "--arch", "pareto_0"], "no retrained network 'pareto_0'; it has all_3W3A, evolution, "),
-        ([*run, "--out", str(tmp_path)], "--out: "),
+        ([*run, "--format", "packed", "--out", str(tmp_path)], "--out: "),
         ([*run, *out, "--format", "tflite"], "tflite"),
         (run, "--out"),
     ):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spos_fast.kernels import matrix, quantization
+from spos_fast.kernels import matrix, quantization, quantize_codes
 from spos_fast.ops.dispatch import OPS
 from tests.ops.interpreter import Arguments, NoWordToTheHost
 from tests.ops.samples import SAMPLES
@@ -14,7 +14,13 @@ from tests.ops.test_every_op import errors, excess, identical, tensors, widened
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-NAMES = ["fake_quant", "fake_quant_backward", "quantize_codes"]
+LAUNCHERS = {
+    "fake_quant": quantization.fake_quant,
+    "fake_quant_backward": quantization.fake_quant_backward,
+    "quantize_codes": quantize_codes.quantize_codes,
+    "quantize_codes_backward": quantize_codes.quantize_codes_backward,
+}
+NAMES = list(LAUNCHERS)
 BITS = torch.tensor([1, 2, 3, 4, 8], dtype=torch.int32)
 
 
@@ -35,7 +41,7 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_double(name: str, programs: None) -> None:
     """In double every launcher is the reference up to rounding, in values and layout: every mode, layout and axis."""
     for given in map(widened, samples(name, torch.float32)):
-        made, wanted = getattr(quantization, name)(*given), OPS[name].reference(*given)
+        made, wanted = LAUNCHERS[name](*given), OPS[name].reference(*given)
         assert max(errors(made, wanted)) <= 1e-12
         for value, like in zip(tensors(made), tensors(wanted), strict=True):
             assert value.dtype == like.dtype and value.stride() == like.stride()
@@ -43,10 +49,10 @@ def test_double(name: str, programs: None) -> None:
 
 # The interpreter cuts bfloat16 off where a GPU rounds to nearest.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["fake_quant", "fake_quant_backward"])
+@pytest.mark.parametrize("name", ["fake_quant", "fake_quant_backward", "quantize_codes_backward"])
 def test_twice_eagers_error_at_most(name: str, dtype: torch.dtype) -> None:
     """The error rule of every kernel; over several draws where one alone decides against it."""
-    kernel = getattr(quantization, name)
+    kernel = LAUNCHERS[name]
     for given in samples(name, dtype):
         assert not excess(OPS[name], kernel, given, "cpu", 1) or not excess(OPS[name], kernel, given, "cpu", 8)
 
@@ -55,7 +61,7 @@ def test_twice_eagers_error_at_most(name: str, dtype: torch.dtype) -> None:
 def test_codes(dtype: torch.dtype) -> None:
     """Codes are those of the reference in the same dtype, but for rare ones a rounding error from a tie."""
     for given in samples("quantize_codes", dtype):
-        (codes, step), (wanted, like) = quantization.quantize_codes(*given), OPS["quantize_codes"].reference(*given)
+        (codes, step), (wanted, like) = quantize_codes.quantize_codes(*given), OPS["quantize_codes"].reference(*given)
         distance = (codes.int() - wanted.int()).abs()
         assert distance.max() <= 1 and distance.count_nonzero() <= 1 + distance.numel() // 10000
         assert torch.equal(step, like) and codes.stride() == wanted.stride()
@@ -65,7 +71,7 @@ def test_codes(dtype: torch.dtype) -> None:
 def test_no_word_to_the_host(name: str) -> None:
     """Nothing waits for the device, whichever the bits are; and the same call gives the same bits."""
     given = samples(name, torch.float32)[0]
-    kernel = getattr(quantization, name)
+    kernel = LAUNCHERS[name]
     with NoWordToTheHost():
         first = kernel(*given)
     assert identical(first, kernel(*given))
@@ -92,10 +98,10 @@ def test_nan_shows_in_the_step() -> None:
     x = torch.full((2, 8, 5, 3), torch.nan).contiguous(memory_format=torch.channels_last)
     x[:, :5] = 1
     given = (None, None, torch.full((5,), 1.75), BITS, torch.tensor(2, dtype=torch.int32), "pact")
-    codes, step = quantization.quantize_codes(x[:, :5], *given)
+    codes, step = quantize_codes.quantize_codes(x[:, :5], *given)
     assert (codes == 4).all() and step == 0.25
     x[1, 2, 3, 1] = torch.nan
-    codes, step = quantization.quantize_codes(x[:, :5], *given)
+    codes, step = quantize_codes.quantize_codes(x[:, :5], *given)
     assert codes[1, 2, 3, 1] == 0 and step.isnan() and (codes == 4).sum() == codes.numel() - 1
 
 

@@ -112,6 +112,17 @@ def _quantize_codes_backward() -> list[Arguments]:
     return found
 
 
+def _dequantize_codes() -> list[Arguments]:
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(17)
+    for dtype in DTYPES:
+        for position, shape in enumerate(((3, 5, 7, 9), (2, 66, 4, 3), (2, 40, 33, 30))):
+            codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            laid_out = (codes, codes.contiguous(memory_format=LAST), codes[:, ::2])[position]
+            found.append((laid_out, torch.tensor(0.37, dtype=_wide(dtype)), dtype))
+    return found
+
+
 def _weight_codes() -> list[Arguments]:
     found: list[Arguments] = []
     generator = torch.Generator().manual_seed(16)
@@ -125,6 +136,7 @@ def _weight_codes() -> list[Arguments]:
 
 
 QUANT_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
+    "dequantize_codes": _dequantize_codes,
     "dorefa_weights": _dorefa_weights,
     "dorefa_weights_backward": _dorefa_weights_backward,
     "fake_quant": _fake_quant,

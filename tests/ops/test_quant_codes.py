@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spos_fast import ops
-from spos_fast.ops.quant_codes import quantize_codes, quantize_codes_backward, weight_codes
+from spos_fast.ops.quant_codes import dequantize_codes, quantize_codes, quantize_codes_backward, weight_codes
 from tests.ops import quant_formulas
 from tests.ops.test_batchnorm import DTYPES
 from tests.ops.test_every_op import identical
@@ -200,3 +200,22 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.spos_fast.weight_codes.default, (x, torch.ones(8, 3), BITS, torch.tensor(3), "lsq", True)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_of_codes(dtype: torch.dtype) -> None:
+    """Every code times the step, rounded once to the dtype, in the layout of the codes; a NaN step makes all NaN."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3)[:765].view(3, 5, 17, 3)
+    step = torch.tensor(0.37, dtype=wide)
+    for laid_out in (codes, codes.contiguous(memory_format=LAST), codes[:, ::2], codes[:0]):
+        wanted = (laid_out.to(wide) * step).to(dtype)
+        for run in (dequantize_codes, ops.dequantize_codes_reference):
+            got = run(laid_out, step, dtype)
+            assert torch.equal(got, wanted) and got.stride() == torch.empty_like(laid_out).stride()
+            assert run(laid_out, step * torch.nan, dtype).isnan().all()
+    torch.library.opcheck(torch.ops.spos_fast.dequantize_codes.default, (codes, step, dtype))
+    for bad in ((codes.int(), step), (codes, step[None]), (codes, step.half())):
+        for run in (dequantize_codes, ops.dequantize_codes_reference):
+            with pytest.raises((RuntimeError, ValueError, TypeError), match="must"):
+                run(*bad, dtype)

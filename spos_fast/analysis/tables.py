@@ -58,7 +58,7 @@ def comparison_table(rows: Sequence[Row], data: RunData) -> str:
 <th scope="col" class="number">Validation accuracy,<br>supernet's weights</th>
 <th scope="col" class="number">Test accuracy,<br>retrained</th><th scope="col">95% interval</th>
 <th scope="col" class="number">MACs</th><th scope="col" class="number">Params</th>{further}
-<th scope="col">{escape(" and ".join(data.kinds).capitalize())} of every layer, first to last</th></tr></thead>
+<th scope="col">{escape(_listed(data.kinds).capitalize())} of every layer, first to last</th></tr></thead>
 <tbody>
 {chr(10).join(lines)}
 </tbody></table></div>{choice_key(data)}</div>"""
@@ -79,12 +79,17 @@ def front_table(data: RunData) -> str:
     names = ["Validation accuracy", "MACs", "Params"]
     names += ["BitOps"] * counted + ["Latency, predicted"] * timed
     head = "".join(f'<th scope="col" class="number">{name}</th>' for name in names)
-    layers = f"{escape(' and '.join(data.kinds).capitalize())} of every layer"
+    layers = f"{escape(_listed(data.kinds).capitalize())} of every layer"
     return f"""<div class="card"><div class="wide"><table>
 <thead><tr><th scope="col">Label</th>{head}<th scope="col">{layers}</th></tr></thead>
 <tbody>
 {chr(10).join(lines)}
 </tbody></table></div></div>"""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def strip(genes: Sequence[int], data: RunData) -> str:

@@ -63,12 +63,13 @@ struct Quantizer {
 
     __device__ A operator()(A x, int v) const { return value(code(position(x, v)), v); }
 
-    // Whether the gradient passes; a NaN counts as inside.
-    __device__ bool inside(A position) const { return !(position <= low || position >= high); }
+    // Whether the gradient passes; a NaN is outside.
+    __device__ bool inside(A position) const { return position > low && position < high; }
 
-    // What the gradient is multiplied by in the parameter's sum, but for `factor`.
+    // What the gradient is multiplied by in the parameter's sum, but for `factor`. Outside that is the code: a bound,
+    // or NaN, which so shows in the gradient of the parameter.
     __device__ A share(A position) const {
-        if (!inside(position)) return position >= high ? high : low;
+        if (!inside(position)) return position >= high ? high : position <= low ? low : position;
         return mode == QuantMode::pact ? A(0) : code(position) - position;
     }
 

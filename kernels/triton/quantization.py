@@ -69,12 +69,21 @@ def code_of(position, low, high, single, SIGNED: tl.constexpr, WIDE: tl.constexp
 
 @triton.jit
 def step_share(position, low, high, single, outside, SIGNED: tl.constexpr, RESIDUAL: tl.constexpr, WIDE: tl.constexpr):
-    """What the gradient is multiplied by in the sum that becomes the step's."""
-    bound = tl.where(position >= high, high, low)
+    """What the gradient is multiplied by in the sum that becomes the step's.
+
+    Outside that is the code: a bound, or NaN, which so shows in the gradient of the step.
+    """
+    clipped = tl.where(position >= high, high, tl.where(position <= low, low, position))
     if RESIDUAL:
-        return tl.where(outside, bound, code_of(position, low, high, single, SIGNED, WIDE) - position)
+        return tl.where(outside, clipped, code_of(position, low, high, single, SIGNED, WIDE) - position)
     else:
-        return tl.where(outside, bound, 0.0)
+        return tl.where(outside, clipped, 0.0)
+
+
+@triton.jit
+def is_outside(position, low, high):
+    """Where no gradient passes to the value: beyond the bounds, at them, and where there is a NaN."""
+    return ~((position > low) & (position < high))
 
 
 @triton.jit
@@ -151,7 +160,7 @@ def fake_quant_backward_kernel(
         if offset is not None:
             value -= tl.load(offset + at, mask=in_range, other=0.0)[None, :]
         position = ratio(value, size, WIDE)
-        outside = (position <= low) | (position >= high)
+        outside = is_outside(position, low, high)
         tl.store(grad_x + place, tl.where(outside, 0.0, given).to(grad_x.dtype.element_ty), mask=mask)
         share = given * step_share(position, low, high, single, outside, SIGNED, RESIDUAL, WIDE)
         of_step += tl.sum(tl.where(mask, share, 0.0), axis=0)

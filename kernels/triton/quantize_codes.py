@@ -15,6 +15,7 @@ from spos_fast.kernels.quantization import (
     code_range,
     effective_step,
     finish_kernel,
+    is_outside,
     packed,
     ratio,
     step_share,
@@ -84,7 +85,7 @@ def quantize_codes_backward_kernel(
         given = tl.load(grad + row * grad_distance + channel[None, :], mask=mask, other=0.0).to(WIDE)
         value = tl.load(x + row * x_distance + channel[None, :], mask=mask, other=0.0).to(WIDE)
         position = ratio(activation(value, scale, shift, channel, in_range, False), size, WIDE)
-        outside = (position <= low) | (position >= high)
+        outside = is_outside(position, low, high)
         share = given * step_share(position, low, high, single, outside, False, RESIDUAL, WIDE)
         shares += tl.sum(tl.where(mask, share, 0.0), axis=0)
         passed = tl.where(outside, 0.0, given)

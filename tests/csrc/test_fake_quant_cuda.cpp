@@ -101,21 +101,26 @@ TEST(ties_ends_and_zeros) {
     for (int i = 0; i < 8; ++i) CHECK(signed_made.out[i] == (values[i] < 0 ? -0.25 : 0.25));
 }
 
-// A NaN stays one, in its place, lets the gradient pass and shows in the step's; a step of zero is taken for the least.
+// A NaN stays one, in its place, is outside (no gradient passes, the offset gets it) and shows in the step's gradient;
+// a step of zero is taken for the least.
 TEST(nan_and_zero_steps) {
     for (const QuantShape& shape : {QuantShape{1, 1, 64}, QuantShape{8, 8, 1}})
-        for (const bool with_signs : {false, true}) {
+        for (const cuda::QuantMode mode :
+             {cuda::QuantMode::pact, cuda::QuantMode::pact_residual, cuda::QuantMode::lsq}) {
+            const bool with_signs = mode == cuda::QuantMode::lsq, with_offset = with_signs;
             Values x = random_values(DType::float16, 64, 1);
             const Values grad = random_values(DType::float16, 64, 2);
             x.set(9, std::numeric_limits<double>::quiet_NaN());
-            Quantizers given(DType::float16, 1, cuda::QuantMode::lsq, with_signs, false,
-                             static_cast<int>(shape.channels));
+            Quantizers given(DType::float16, 1, mode, with_signs, with_offset, static_cast<int>(shape.channels));
             for (int c = 0; c < given.channels; ++c) given.step.set(given.at(c), 0);
             const Result made = run(DType::float16, shape, given, x, grad);
             for (int i = 0; i < 64; ++i) CHECK(std::isnan(made.out[i]) == (i == 9));
-            CHECK(made.grad_x[9] == grad[9]);
-            for (int c = 0; c < given.channels; ++c)
+            for (int i = 0; i < 64; ++i) CHECK(std::isfinite(made.grad_x[i]));
+            CHECK(made.grad_x[9] == 0);
+            for (int c = 0; c < given.channels; ++c) {
                 CHECK(std::isnan(made.grad_step[given.at(c)]) == (c == 9 % given.channels));
+                CHECK(std::isfinite(made.grad_offset[given.at(c)]));
+            }
         }
 }
 

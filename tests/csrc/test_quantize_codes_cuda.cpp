@@ -132,14 +132,20 @@ TEST(agrees_with_double_precision) {
             }
 }
 
-// The code of a NaN is 0, and the step says that there was one: no product of the two hides it.
+// The code of a NaN is 0, and the step says that there was one: no product of the two hides it. Backwards a NaN is
+// outside: no gradient passes, and the step's becomes NaN.
 TEST(nan_shows_in_the_step) {
-    Given given(DType::float16, {50, 24, 24}, true);
-    given.x.set(17 * 24 + 5, std::numeric_limits<double>::quiet_NaN());
-    const Quantizers quantizer(DType::float16, 4, cuda::QuantMode::pact_residual, false, false, 1);
-    const Result made = run(given, quantizer);
-    CHECK(made.codes[17 * 24 + 5] == 0 && std::isnan(made.step_used[0]) && std::isnan(made.grad_step[1]));
-    for (int64_t c = 0; c < 24; ++c) CHECK(std::isnan(made.grad_scale[c]) == (c == 5));
+    for (const cuda::QuantMode mode : {cuda::QuantMode::pact, cuda::QuantMode::pact_residual, cuda::QuantMode::lsq}) {
+        Given given(DType::float16, {50, 24, 24}, true);
+        given.x.set(17 * 24 + 5, std::numeric_limits<double>::quiet_NaN());
+        const Quantizers quantizer(DType::float16, 4, mode, false, false, 1);
+        const Result made = run(given, quantizer);
+        CHECK(made.codes[17 * 24 + 5] == 0 && std::isnan(made.step_used[0]) && std::isnan(made.grad_step[1]));
+        CHECK(made.grad_x[17 * 24 + 5] == 0);
+        for (int64_t i = 0; i < made.grad_x.size(); ++i) CHECK(std::isfinite(made.grad_x[i]));
+        for (int64_t c = 0; c < 24; ++c)
+            CHECK(std::isnan(made.grad_scale[c]) == (c == 5) && std::isfinite(made.grad_shift[c]));
+    }
 }
 
 TEST(the_order_of_threads_changes_no_bit) {

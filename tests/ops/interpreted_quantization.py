@@ -105,6 +105,21 @@ def test_nan_shows_in_the_step() -> None:
     assert codes[1, 2, 3, 1] == 0 and step.isnan() and (codes == 4).sum() == codes.numel() - 1
 
 
+@pytest.mark.parametrize("mode", ["pact", "pact_residual", "lsq", "lsq+"])
+def test_nan_is_outside(mode: str) -> None:
+    """No gradient passes a NaN and the step's becomes NaN, as the reference has it; other channels do not see it."""
+    x, grad = torch.randn(2, 2, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 0, 1] = torch.nan
+    size, shift = torch.full((5, 5), 0.3), torch.full((5, 5), 0.1)
+    channels = (size, shift if mode == "lsq+" else None, BITS, torch.tensor(2), mode, mode == "lsq", 1)
+    codes = (1 + size[0], shift[0], size[0], BITS, torch.tensor(2), mode.removesuffix("+"))
+    for name, given in (("fake_quant_backward", channels), ("quantize_codes_backward", codes)):
+        made, wanted = LAUNCHERS[name](grad, x, *given), OPS[name].reference(grad, x, *given)
+        assert made[0][1, 2, 0, 1] == 0 and made[0].isfinite().all() and made[1][2].isnan().sum() == 1
+        for value, like in zip(made, wanted, strict=True):
+            torch.testing.assert_close(value, like, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 def test_empty() -> None:
     """No values: no launch, and gradients that are zero."""
     x, step = torch.empty(0, 3), torch.ones(5)

@@ -25,6 +25,8 @@ BUDGETS = {
     r"\dnormalise_and_joinI": (8, 80),  # 4 dtypes, vectors and single channels
     r"\dnormalize_columnsI": (8, 80),
     r"\dnormalize_planesI": (8, 80),
+    r"\dadd_relu_columnsI": (8, 80),
+    r"\dadd_relu_backward_columnsI": (16, 96),  # with and without a batch norm in the shortcut
     r"\dmerge_layersI": (2, 64),
     r"\dfinalize_layersI": (2, 64),
     r"\dsum_of_columnsI": (8, 96),
@@ -38,7 +40,7 @@ BUDGETS = {
     r"\d(measure_weights|sum_for_maximum|quantize_dorefa|pass_dorefa_gradient)I": (32, 80),
     r"\dstore_(dorefa|lsq)_codesI": (16, 80),
     r"\d(store_step|store_scales|finish_step|finish_magnitudes)I": (8, 64),
-    r"\dfinish_sumsI": (10, 64),
+    r"\dfinish_sumsI": (12, 64),
 }
 
 

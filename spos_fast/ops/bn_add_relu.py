@@ -155,12 +155,14 @@ _op = define_op(
     "Tensor? residual_shift=None, int groups=1) -> Tensor",
     reference=bn_add_relu_reference,
     fake=_fake,
+    triton="spos_fast.kernels.bn_add_relu:bn_add_relu",
 )
 _backward_op = define_op(
     "bn_add_relu_backward(Tensor grad, Tensor out, Tensor x, Tensor scale, Tensor residual, Tensor? residual_scale, "
     "int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=bn_add_relu_backward_reference,
     fake=_fake_backward,
+    triton="spos_fast.kernels.bn_add_relu:bn_add_relu_backward",
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spos_fast.kernels import batchnorm, blocks, matrix
+from spos_fast.kernels import batchnorm, blocks, bn_add_relu, matrix
 from spos_fast.ops.dispatch import OPS
 from tests.ops.interpreter import (
     Arguments,
@@ -193,3 +193,50 @@ def test_normalize(dtype: torch.dtype) -> None:
         assert identical(made, batchnorm.bn_normalize(*given))
         for layout in (torch.contiguous_format, torch.channels_last):
             assert made.is_contiguous(memory_format=layout) == wanted.is_contiguous(memory_format=layout)
+
+
+ADD_RELU = {"bn_add_relu": bn_add_relu.bn_add_relu, "bn_add_relu_backward": bn_add_relu.bn_add_relu_backward}
+
+
+@pytest.mark.parametrize("name", list(ADD_RELU))
+def test_add_relu_in_double(name: str, programs: None) -> None:
+    """The end of a residual block, with groups, with and without a batch norm in the shortcut, and its sums over
+    chunks of any size."""
+    for given in samples(name, torch.float32, 400):
+        assert_equal_in_double(ADD_RELU[name], OPS[name].reference, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", list(ADD_RELU))
+def test_add_relu(name: str, dtype: torch.dtype) -> None:
+    """The error rule, no word to the host, and the same bits again."""
+    for given in samples(name, dtype, 400):
+        assert_twice_eagers_error_at_most(ADD_RELU[name], OPS[name].reference, given)
+        with NoWordToTheHost():
+            made = ADD_RELU[name](*given)
+        assert identical(made, ADD_RELU[name](*given))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_add_relu_groups_and_nan(projected: bool) -> None:
+    """A group has the bits of a call of its own; ReLU swallows no NaN, and a gradient passes where one is."""
+    given = next(given for given in samples("bn_add_relu", torch.float32, 400) if given[-1] == 2)
+    x, scale, shift, residual, _, _, groups = given
+    beside = (scale + 1, shift) if projected else (None, None)
+    x = x.clone(memory_format=torch.channels_last)
+    x[-1, 3, 2, 1] = torch.nan
+    given = (x, scale, shift, residual, *beside)
+    out = bn_add_relu.bn_add_relu(*given, groups)
+    assert out.isnan().nonzero().tolist() == [[x.shape[0] - 1, 3, 2, 1]]
+    grad = image(*x.shape)
+    made = bn_add_relu.bn_add_relu_backward(grad, out, x, scale, residual, beside[0], groups)
+    assert made[0][-1, 3, 2, 1] == grad[-1, 3, 2, 1] * scale[-1, 3]
+
+    def halves(values: Any) -> list[Any]:
+        return list(values.chunk(groups)) if isinstance(values, Tensor) else [values] * groups
+
+    for group, few in enumerate(zip(*map(halves, given), strict=True)):
+        assert identical(halves(out)[group], bn_add_relu.bn_add_relu(*few))
+        few = [halves(value)[group] for value in (grad, out, x, scale, residual, beside[0])]
+        found = bn_add_relu.bn_add_relu_backward(*few, 1)
+        assert identical([halves(value)[group] for value in made if value.numel()], [v for v in found if v.numel()])

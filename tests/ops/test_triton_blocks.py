@@ -16,11 +16,12 @@ from tests.ops.test_batchnorm_device import resource_usage  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Pointers that hold x's dtype; all others hold statistics, or (the widths) int32.
-IMAGES = {"x", "z", "weight", "grad", "out", "other", "passed"}
+IMAGES = {"x", "z", "weight", "grad", "out", "other", "passed", "residual", "grad_x", "grad_residual"}
 STATISTICS = {
     "scale", "shift", "norm", "centre", "mean", "var", "gamma", "beta", "partial", "parts", "out_scale", "out_shift",
     "other_scale", "other_shift", "means", "squares", "pivots", "mean_out", "second_out", "scale_out", "shift_out",
-    "sums", "products", "sum_out", "product_out", "norm_out",
+    "sums", "products", "sum_out", "product_out", "norm_out", "residual_scale", "residual_shift", "grad_scale",
+    "grad_shift", "grad_residual_scale",
 }  # fmt: skip
 # Passes forwards are compiled anew for several groups; sizes are the same code.
 POINTWISE = [
@@ -41,6 +42,13 @@ OTHERS = [
     ("concatenate_kernel", {"STEP": 2, "MULTIPLE": 8, "RELU": True, "other_scale": None, "other_shift": None}),
     ("concatenate_kernel", {"STEP": 1, "MULTIPLE": 1, "RELU": True, "group_distance": None}),
     ("sums_kernel", {"MULTIPLE": 1, "RELU": True}),
+]
+PLAIN = {"residual_scale": None}  # a shortcut without a batch norm
+ADD_RELU = [
+    ("add_relu_kernel", {"MULTIPLE": 8}),
+    ("add_relu_kernel", {"MULTIPLE": 1, "group_distance": None, "residual_shift": None} | PLAIN),
+    ("add_relu_backward_kernel", {"MULTIPLE": 8}),
+    ("add_relu_backward_kernel", {"MULTIPLE": 1, "group_distance": None, "residual": None} | PLAIN),
 ]
 MERGING = ["moments_kernel", "sums_kernel", "weight_kernel", "scale_shift_kernel"]
 
@@ -126,6 +134,28 @@ def test_other_kernels_compile_within_budget(architecture: int, dtype: str, tmp_
             constants = {"out_scale": None, "out_shift": None} | settings | tile | wide(dtype)
             options = depthwise.OPTIONS if module is depthwise else {}
             assert_within_budget(compiled(getattr(module, name), dtype, constants, architecture, options), tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, "fp32"), (80, "bf16"), (90, "fp32"), (90, "fp16")])
+def test_add_relu_compiles_within_budget(architecture: int, dtype: str, tmp_path: Path) -> None:
+    """The end of a residual block: few enough registers for five programs of 4 warps, no spills, and 16 bytes at a time
+    where 8 divides the channels."""
+    from spos_fast.kernels import bn_add_relu
+
+    cubin = tmp_path / "kernel.cubin"
+    tile = {"BLOCK_PIXELS": bn_add_relu.PIXELS, "BLOCK_CHANNELS": bn_add_relu.CHANNELS}
+    for name, settings in ADD_RELU:
+        result = compiled(getattr(bn_add_relu, name), dtype, settings | tile | wide(dtype), architecture, {})
+        cubin.write_bytes(result.asm["cubin"])
+        ((_, registers, stack),) = resource_usage(cubin)
+        assert registers <= 102 and stack == 0, (name, settings, registers, stack)
+        if settings["MULTIPLE"] == 8:
+            ptx = result.asm["ptx"]
+            assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    tile = {"BLOCK_CHUNKS": bn_add_relu.FINISH_CHUNKS, "BLOCK_CHANNELS": bn_add_relu.FINISH_CHANNELS}
+    cubin.write_bytes(compiled(bn_add_relu.finish_kernel, dtype, tile, architecture, {}).asm["cubin"])
+    ((_, registers, stack),) = resource_usage(cubin)
+    assert registers <= 128 and stack == 0
 
 
 @pytest.mark.parametrize("name", MERGING)

@@ -26,7 +26,7 @@ class QuantPart(Part):
     def __init__(self, module: QuantBasicBlock, setting: tuple[int, int, int]) -> None:
         super().__init__(module, setting)
         self.widths = [setting[0], *self.widths[1:]]
-        self._packed: PackedBasicBlock | None = None
+        self._packed: PackedBasicBlock = module.packed(setting)  # which quantizes the weights at its first call
         self.fuses = True
 
     @staticmethod
@@ -51,7 +51,7 @@ class QuantPart(Part):
             return super().calibrate(inputs)
         made: list[tuple[Tensor | None, Moments]] = []
         for x in inputs:
-            out, mean, var, count = self._block_on_integers().calibrate(x)
+            out, mean, var, count = self._packed.calibrate(x)
             if count < 2:
                 raise single_value(x)
             made.append((out, Moments(mean, var, [count] * len(mean))))
@@ -64,14 +64,8 @@ class QuantPart(Part):
         outputs = []
         for x, given in zip(inputs, statistics, strict=True):
             scales, shifts = (cast(Tensor, values).split(self.widths) for values in (given.scale, given.shift))
-            outputs.append(self._block_on_integers()(x, list(zip(scales, shifts, strict=True))))
+            outputs.append(self._packed(x, list(zip(scales, shifts, strict=True))))
         return outputs
-
-    def _block_on_integers(self) -> PackedBasicBlock:
-        if self._packed is None:
-            block = cast(QuantBasicBlock, self.module)
-            self._packed = block.packed(cast("tuple[int, int, int]", self.setting))
-        return self._packed
 
 
 def _on_integers(inputs: Sequence[Tensor]) -> bool:

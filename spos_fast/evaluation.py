@@ -161,7 +161,8 @@ class Evaluator:
             {step: _part(candidates[step[0]], step[1]) for step in {route[layer] for route in routes}}  # type: ignore[index]
             for layer, candidates in enumerate(net.features)
         ]
-        stem = StemPart(net.first_conv) if StemPart.takes(net.first_conv) else Part(net.first_conv)
+        first = net.first_conv
+        stem = StemPart(first) if isinstance(first, nn.Sequential) and StemPart.takes(first) else Part(first)
         parts = Parts(stem, blocks, HeadPart(net.conv_last, _Classifier(net)))
         shared, width = self._plan(parts, len(routes))
         if shared is None:

@@ -29,7 +29,7 @@ class StemPart(Part):
         self.fuses = True
 
     @staticmethod
-    def takes(module: nn.Module) -> bool:
+    def takes(module: nn.Sequential) -> bool:
         """Whether a module is such a stem, of plain layers, with a scale that is positive."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
         if type(module) is not nn.Sequential or tuple(map(type, module)) not in (kinds[:3], kinds):

@@ -18,6 +18,7 @@ from bench.memory import TensorsAlive
 from spos_fast import Architecture, Evaluator, InputError, data, memory
 from spos_fast.calibration import recalibrate
 from spos_fast.nn import ShuffleUnit, parts
+from spos_fast.nn.stem_part import StemPart
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.supernet import Supernet
 

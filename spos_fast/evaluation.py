@@ -23,6 +23,7 @@ from spos_fast.memory import Probe, free_memory
 from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
 from spos_fast.nn.quant import QuantBasicBlock
 from spos_fast.nn.quant_parts import QuantPart
+from spos_fast.nn.stem_part import StemPart
 from spos_fast.prefix_tree import Node, Parts, Route, build, walk
 from spos_fast.running import RunningStatistics
 from spos_fast.supernet import Setting, Supernet
@@ -160,7 +161,9 @@ class Evaluator:
             {step: _part(candidates[step[0]], step[1]) for step in {route[layer] for route in routes}}  # type: ignore[index]
             for layer, candidates in enumerate(net.features)
         ]
-        parts = Parts(Part(net.first_conv), blocks, HeadPart(net.conv_last, _Classifier(net)))
+        first = net.first_conv
+        stem = StemPart(first) if isinstance(first, nn.Sequential) and StemPart.takes(first) else Part(first)
+        parts = Parts(stem, blocks, HeadPart(net.conv_last, _Classifier(net)))
         shared, width = self._plan(parts, len(routes))
         if shared is None:
             return [score for route in routes for score in self._score_tree(parts, [route], 0, width)]

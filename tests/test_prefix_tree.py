@@ -18,6 +18,7 @@ from bench.memory import TensorsAlive
 from spos_fast import Architecture, Evaluator, InputError, data, memory
 from spos_fast.calibration import recalibrate
 from spos_fast.nn import ShuffleUnit, parts
+from spos_fast.nn.stem_part import StemPart
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.supernet import Supernet
 
@@ -101,13 +102,18 @@ def test_plain_modules_give_the_same_statistics_and_scores(images):
 def test_every_prefix_runs_once_a_batch(images, monkeypatch):
     """Shared prefixes are computed once a batch, leaves once an architecture, whatever occurs twice."""
     calls = Counter()
-    calibrate = parts.Part.calibrate
 
-    def counting(self, inputs):
-        calls[id(self)] += len(inputs)
-        return calibrate(self, inputs)
+    def count(kind):
+        calibrate = kind.calibrate
 
-    monkeypatch.setattr(parts.Part, "calibrate", counting)
+        def counting(self, inputs):
+            calls[id(self)] += len(inputs)
+            return calibrate(self, inputs)
+
+        monkeypatch.setattr(kind, "calibrate", counting)
+
+    count(parts.Part)
+    count(StemPart)
     space = _space()
     archs = _archs(space)
     evaluator = Evaluator(space.supernet(), *images, calibration_batch=30)

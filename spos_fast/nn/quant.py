@@ -188,7 +188,8 @@ class PackedBasicBlock:
 
     def _end(self, residual: Tensor, y: Tensor, folded: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         values = [value[None] for pair in folded for value in pair]
-        return bn_add_relu(y, *values[:2], residual, *values[2:])
+        beside = (values[2], values[3]) if len(values) == 4 else (None, None)
+        return bn_add_relu(y, values[0], values[1], residual, *beside)
 
 
 def _statistics(z: Tensor, count: int) -> tuple[Tensor, Tensor]:

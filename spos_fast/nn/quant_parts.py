@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spos_fast.nn import fused
 from spos_fast.nn.parts import Moments, Part, Statistics, single_value
-from spos_fast.nn.quant import PackedBasicBlock, QuantBasicBlock
+from spos_fast.nn.quant import PackedBasicBlock, QuantBasicBlock, QuantConv2d
 
 
 class QuantPart(Part):
@@ -26,7 +26,7 @@ class QuantPart(Part):
     def __init__(self, module: QuantBasicBlock, setting: tuple[int, int, int]) -> None:
         super().__init__(module, setting)
         self.widths = [setting[0], *self.widths[1:]]
-        self._packed: PackedBasicBlock | None = None
+        self._packed: PackedBasicBlock = module.packed(setting)  # which quantizes the weights at its first call
         self.fuses = True
 
     @staticmethod
@@ -34,12 +34,11 @@ class QuantPart(Part):
         """Whether a module is such a block that runs as it was written."""
         if type(module) is not QuantBasicBlock or any(map(fused.changed, module.modules())):
             return False
-        convolutions = [module.conv1, module.conv2, *([module.downsample[0]] if module.downsample is not None else [])]
-        norms = [module.bn1, module.bn2, *([module.downsample[1]] if module.downsample is not None else [])]
-        return all(each.on_codes for each in convolutions) and all(  # type: ignore[union-attr]
-            norm.running_mean is not None and norm.eps == norms[0].eps and norm.affine == norms[0].affine
-            for norm in norms  # type: ignore[union-attr]
-        )
+        layers: list[nn.Module] = [module.conv1, module.bn1, module.conv2, module.bn2, *(module.downsample or ())]
+        convolutions = [layer for layer in layers if isinstance(layer, QuantConv2d)]
+        norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        alike = {(norm.eps, norm.affine, norm.running_mean is None) for norm in norms}
+        return all(layer.on_codes for layer in convolutions) and len(alike) == 1 and norms[0].running_mean is not None
 
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
         """For batches of one shape the outputs, normalised by the batch's own statistics, and these.
@@ -51,7 +50,7 @@ class QuantPart(Part):
             return super().calibrate(inputs)
         made: list[tuple[Tensor | None, Moments]] = []
         for x in inputs:
-            out, mean, var, count = self._block_on_integers().calibrate(x)
+            out, mean, var, count = self._packed.calibrate(x)
             if count < 2:
                 raise single_value(x)
             made.append((out, Moments(mean, var, [count] * len(mean))))
@@ -64,14 +63,8 @@ class QuantPart(Part):
         outputs = []
         for x, given in zip(inputs, statistics, strict=True):
             scales, shifts = (cast(Tensor, values).split(self.widths) for values in (given.scale, given.shift))
-            outputs.append(self._block_on_integers()(x, list(zip(scales, shifts, strict=True))))
+            outputs.append(self._packed(x, list(zip(scales, shifts, strict=True))))
         return outputs
-
-    def _block_on_integers(self) -> PackedBasicBlock:
-        if self._packed is None:
-            block = cast(QuantBasicBlock, self.module)
-            self._packed = block.packed(cast("tuple[int, int, int]", self.setting))
-        return self._packed
 
 
 def _on_integers(inputs: Sequence[Tensor]) -> bool:

@@ -62,16 +62,6 @@ def test_equals_the_block_run_as_modules(stride: int, quantizers: dict[str, str]
     assert_nearly_all_close(got, modules[0])
 
 
-@torch.no_grad()
-def test_weights_are_packed_once() -> None:
-    """A part packs its weights at its first batch and keeps them."""
-    part = QuantPart(block(), (12, 1, 1))
-    part.calibrate([images()])
-    packed = part._packed
-    part.calibrate([images(4)])
-    assert packed is not None and part._packed is packed
-
-
 def test_changed_blocks_run_as_they_are() -> None:
     """A hook, or layers of another kind, would be passed over on integers."""
     module = block()

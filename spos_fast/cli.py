@@ -186,12 +186,18 @@ def _consistency(job: Any, table: Any) -> None:
 
 
 def _drop_other_sizes(preset: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Leave out the sizes of a preset whose kind of space is not the one that ``--space`` names."""
+    """Leave out the ranges of cost of a preset for another space than ``--space`` names, and its sizes if the space is
+    of another kind.
+    """
     from spos_fast.config import SPACE_CONFIGS, Config
 
     theirs, own = ((values.get("space") or {}) for values in (preset, flags))
     if isinstance(theirs, dict) and "name" in own:
         before = theirs.get("name", Config().space.name)
+        if own["name"] != before:
+            for section in filter(lambda value: isinstance(value, dict), preset.values()):
+                for name in [name for name in section if name.endswith(("_min", "_max"))]:
+                    del section[name]
         if SPACE_CONFIGS.get(own["name"]) is not SPACE_CONFIGS.get(before):
             preset.pop("space", None)
 

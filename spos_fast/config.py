@@ -496,6 +496,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = kind if isinstance(kind, type) else str
+    if expected is str and type(value) is int:  # n = 500, where "all" is the other answer
+        return str(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise InputError(f"{name}: got {value!r}; expected {expected.__name__}")
     return value

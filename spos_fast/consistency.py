@@ -150,6 +150,9 @@ def open_table(config: Config, source: DataSource, space: Space) -> Architecture
         asked = max(settings.calibration_images)
         raise InputError(f"consistency.calibration_images: got {asked:,}; the training part has {source.train_size:,}")
     table = TABLES[space.name](settings.table)
+    for name, value in table.layout.items():
+        if space.config()[name] != value:
+            raise InputError(f"space.{name}: got {space.config()[name]}; the table's networks have {value}")
     try:
         table.truth(_dataset(config))
         table.rows([arch.genes for arch in draw(space, settings.n, config.seed)], space.choices)
@@ -253,7 +256,7 @@ def _random_order(true: NDArray[np.float64]) -> Ranking:
     tau between unrelated lists (variance 2 (2n + 5) / (9n (n - 1)), Kendall 1938).
     """
     n, constant = len(true), np.zeros(len(true))
-    spread = 1.96 * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
+    spread = min(1.96 * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))), 1.0)
     tied = rank_statistics(constant, true)
     nothing: dict[str, Any] = dict.fromkeys(("tau", "spearman", "tau_top_half", "tau_top_tenth", "partial_tau"), 0.0)
     return Ranking("random order", constant, true, dataclasses.replace(tied, **nothing, interval=(-spread, spread)))

@@ -105,9 +105,12 @@ def test_sizes_of_a_preset_for_another_kind_of_space_are_left_out(tmp_path, caps
     shared = ["--threads", "1", "--no-tensorboard", "--train.steps", "1", "--train.batch_size", "8"]
     sizes = ["--space.stage_channels", "8,16", "--space.stage_repeats", "1,1", "--space.stem", "cifar"]
     own = tmp_path / "own.toml"
-    own.write_text('[data]\nname = "digits"\n[space]\nname = "quant_resnet18"\nstem = "cifar"\n')
+    own.write_text(
+        '[data]\nname = "digits"\n[space]\nname = "quant_resnet18"\nstem = "cifar"\n[search]\nbitops_max = 9e6\n'
+    )
     for config, name, given in (("digits", "quant_resnet18", sizes), (str(own), "quant_resnet34", sizes[:4])):
         run = tmp_path / name
         assert main(["train", "--folder", str(run), "--config", config, "--space", name, *given, *shared]) == 0
         space = json.loads((run / "config.json").read_text())["space"]
         assert (space["name"], space["stem"], space["stage_channels"]) == (name, "cifar", [8, 16])
+        assert "bitops_max" not in json.loads((run / "given.json").read_text())["preset"].get("search", {})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from spos_fast import InputError, consistency
 from spos_fast.analysis.ranks import rank_statistics
@@ -137,6 +138,36 @@ def test_a_finished_run_has_everything(finished):
     assert not (finished / "search").exists()
 
 
+def test_statistics_are_those_of_the_recorded_scores_and_the_table(finished, macro_table):
+    """SciPy on what is on record: accuracies of every way against the mean of the trainings, parameters and FLOPs
+    against the same, and for the ceiling one training against the mean of the other two."""
+    table = json.loads(macro_table.read_text())
+    result = json.loads((finished / "consistency" / "result.json").read_text())
+    scores = _scores(finished)
+    rows = [table["".join(map(str, row["genes"]))] for row in scores["none"]]
+    true = np.mean([row["test_acc"] for row in rows], axis=1)
+    params, flops = ([row[name] for row in rows] for name in ("params", "flops"))
+
+    def tau(one, other):
+        return stats.kendalltau(one, other).statistic
+
+    for row in result["scored"]:
+        accuracy = [score["accuracy"] for score in scores[row["name"]]]
+        if len(set(accuracy)) == 1:
+            continue
+        assert row["tau"] == pytest.approx(tau(accuracy, true))
+        assert row["spearman"] == pytest.approx(stats.spearmanr(accuracy, true).statistic)
+        with_params = tau(accuracy, params), tau(true, params)
+        partial = (tau(accuracy, true) - with_params[0] * with_params[1]) / np.sqrt(
+            (1 - with_params[0] ** 2) * (1 - with_params[1] ** 2)
+        )
+        assert row["partial_tau"] == pytest.approx(partial)
+    _, of_params, of_flops, ceiling = result["references"]
+    assert of_params["tau"] == pytest.approx(tau(params, true)) and of_flops["tau"] == pytest.approx(tau(flops, true))
+    trainings = np.array([row["test_acc"] for row in rows])
+    assert ceiling["tau"] == pytest.approx(tau(trainings[:, 0], trainings[:, 1:].mean(axis=1)))
+
+
 def test_the_report_is_one_page_of_its_own(finished):
     """All sections, one scatter plot a mode, no script and nothing to load, no id twice."""
     text = (finished / "report_consistency.html").read_text()
@@ -242,7 +273,8 @@ def test_scores_meet_the_rows_of_their_own_cells(tmp_path):
         (["--dataset", ""], "the table has cifar10"),  # digits are no data set of the table
         (["--table", "nowhere.json"], "nowhere.json could not be read"),
         (["--table", ""], "give the file"),
-        (["--space.stage_repeats", "2,3"], "got 5 genes"),
+        (["--space.stage_repeats", "2,3"], "space.stage_repeats: got (2, 3)"),
+        (["--space.stage_repeats", "3,3,2"], "space.stage_repeats: got (3, 3, 2)"),
         (["--train.keep_checkpoints", "-1"], "train.keep_checkpoints"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,8 +39,10 @@ class ArchitectureTable(ABC):
         genes: int64 [N, genes], the architectures.
         params: int64 [N], parameters of the networks, normalisation included.
         flops: int64 [N], multiply-accumulates of one forward.
+        layout: settings of the space without which its architectures are other networks than the table's.
     """
 
+    layout: ClassVar[dict[str, Any]] = {}
     space: ClassVar[str]
     choices: ClassVar[tuple[tuple[str, ...], ...]]
     datasets: tuple[str, ...]

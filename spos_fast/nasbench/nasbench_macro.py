@@ -35,6 +35,7 @@ class NASBenchMacro(ArchitectureTable):
         trainings: float64 [N, 3], test accuracy of each training.
     """
 
+    layout: ClassVar[dict[str, Any]] = {"stage_repeats": (2, 3, 3)}
     space: ClassVar[str] = "nasbench_macro"
     choices: ClassVar[tuple[tuple[str, ...], ...]] = (BLOCKS,) * LAYERS
     BLOCKS: ClassVar[tuple[str, ...]] = BLOCKS

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from spos_fast import UniformSampler, train
+from spos_fast.data import load
 from spos_fast.nn import QuantAct, QuantConv2d, hold_unsampled
 from spos_fast.nn.steps import step_entries, step_vectors
+from spos_fast.spaces import QuantResNet
 from spos_fast.training import TrainConfig, _optimizer
 
 BITS = (1, 2, 4)
@@ -120,3 +123,28 @@ def test_names_and_entries():
     shared = nn.ModuleList([net, nn.Sequential(net[0])])
     assert len(list(step_vectors(shared))) == 6
     assert [name for name, *_ in step_vectors(QuantAct(BITS))] == ["step"]
+
+
+def test_the_trainer_holds_what_it_does_not_sample():
+    """Entries that a path has moved stay bitwise as they are while others are drawn, momentum or not."""
+    space = QuantResNet(18, input_size=8, in_channels=1, num_classes=10, stem="cifar", stage_channels=(8,),
+                        stage_repeats=(1,), bits=((2, 2), (4, 4)), uniform_bits=())  # fmt: skip
+    torch.manual_seed(0)
+    net, seen = space.supernet(), []
+
+    class First(UniformSampler):
+        """Two bits for three steps, then four."""
+
+        def at(self, seed, step):
+            return space.everywhere(0 if step < 3 else 1, 1)
+
+    def look(metrics):
+        seen.append({name: vector.detach().clone() for name, vector, _ in step_vectors(net)})
+
+    config = TrainConfig(steps=6, batch_size=16, log_every=1)
+    train(net, load("digits"), config, sampler=First(space), on_metrics=look)
+    for name, vector in seen[2].items():
+        assert torch.equal(vector[0], seen[5][name][0]), name
+        assert torch.equal(vector[1], seen[0][name][1]), name
+    assert any(not torch.equal(seen[0][name][0], seen[2][name][0]) for name in seen[0])
+    assert any(not torch.equal(seen[2][name][1], seen[5][name][1]) for name in seen[0])

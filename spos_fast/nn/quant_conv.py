@@ -262,24 +262,14 @@ class QuantConv2d(SlicedConv2d):
             x,
             self.weight,
             self.bias,
-            act_step=self.act.step,
-            act_bits=self.act.bits_vector,
             act_index=act_index,
-            act_mode=self.act.quantizer,
-            weight_step=self.weight_step,
-            weight_bits=self.weight_bits_vector,
             weight_index=weight_index,
-            weight_mode=self.weight_quantizer,
-            per_channel=self.per_channel,
-            stride=self.stride,
-            padding=cast("tuple[int, int]", self.padding),
-            dilation=self.dilation,
-            groups=self.groups,
             scale=scale,
             shift=shift,
             statistics=statistics,
             in_channels=in_channels,
             out_channels=out_channels,
+            **self._own_arguments,
         )
 
     def packed(
@@ -299,20 +289,27 @@ class QuantConv2d(SlicedConv2d):
         return PackedConv2d(
             self.weight,
             self.bias,
+            weight_index=weight_index,
+            in_channels=self.in_channels if in_channels is None else in_channels,
+            out_channels=out_channels,
+            **self._own_arguments,
+        )
+
+    @property
+    def _own_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`spos_fast.ops.quant_conv2d` that are the same at every call."""
+        return dict(
             act_step=self.act.step,
             act_bits=self.act.bits_vector,
             act_mode=self.act.quantizer,
             weight_step=self.weight_step,
             weight_bits=self.weight_bits_vector,
-            weight_index=weight_index,
             weight_mode=self.weight_quantizer,
             per_channel=self.per_channel,
             stride=self.stride,
-            padding=cast("tuple[int, int]", self.padding),
+            padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
-            in_channels=self.in_channels if in_channels is None else in_channels,
-            out_channels=out_channels,
         )
 
     @property

@@ -230,3 +230,17 @@ def test_switched_off(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(OPS["shuffle_unit"].choices, "cpu", type(OPS["shuffle_unit"].choices["cpu"])("reference", ""))
     made(images(0))
     assert not calls
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_statistics_that_are_not_tracked_do_not_move(gradients):
+    """Buffers that are there stay as they are once a layer's flag is off, as PyTorch has it."""
+    torch.manual_seed(0)
+    unit = ShuffleUnit(12, 12, 6, 3).to(memory_format=torch.channels_last)
+    for layer in unit.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.track_running_stats = False
+    before = {name: value.clone() for name, value in unit.named_buffers()}
+    with torch.set_grad_enabled(gradients):
+        unit(torch.randn(4, 12, 6, 6).contiguous(memory_format=torch.channels_last))
+    assert before and all(torch.equal(value, before[name]) for name, value in unit.named_buffers())

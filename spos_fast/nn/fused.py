@@ -287,7 +287,10 @@ def _running(norms: Sequence[nn.BatchNorm2d]) -> tuple[list[float], list[Tensor]
         own = norm.__dict__
         buffers, momentum = own["_buffers"], own["momentum"]
         mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        if not own["training"] or momentum is None or mean is None or var is None:
+        moves = own["training"] and own["track_running_stats"]
+        if not moves or momentum is None or mean is None or var is None:
+            return None
+        if counter is not None and counter.dtype != torch.int64:
             return None
         if mean.dtype != torch.float32 or var.dtype != torch.float32:
             return None
@@ -312,7 +315,7 @@ def move_statistics(
     """
     if report(norms, means, variances, counts):
         return
-    counters = [norm.num_batches_tracked for norm in norms if norm.training]
+    counters = [norm.num_batches_tracked for norm in norms if norm.training and norm.track_running_stats]
     tracked = [counter for counter in counters if counter is not None]
     if tracked:
         torch._foreach_add_(tracked, 1)
@@ -321,7 +324,8 @@ def move_statistics(
     kept: list[float] = []
     taken: list[float] = []
     for norm, mean, var, count in zip(norms, means, variances, counts, strict=True):
-        if not norm.training or norm.running_mean is None or norm.running_var is None:
+        moves = norm.training and norm.track_running_stats
+        if not moves or norm.running_mean is None or norm.running_var is None:
             continue
         share = norm.momentum
         if share is None:  # the average of all batches

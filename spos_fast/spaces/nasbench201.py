@@ -40,7 +40,8 @@ class NASBench201(Space):
         ops: the operations that are searched, some of the benchmark's; :meth:`reduced` has those of the SPOS paper.
         channels: of the stem and of the first stage.
         cells: cells of each of the three stages.
-        input_size: height and width of the images, in pixels; a multiple of 4.
+        stem_stride: of the stem's convolution, 1 as in the benchmark, or 2 for networks of a quarter of the work.
+        input_size: height and width of the images, in pixels; a multiple of 4 (8 with a stem of stride 2).
         in_channels: channels of the images.
         num_classes: number of logits.
 
@@ -57,6 +58,7 @@ class NASBench201(Space):
         *,
         channels: int = 16,
         cells: int = 5,
+        stem_stride: int = 1,
         input_size: int = 32,
         in_channels: int = 3,
         num_classes: int = 10,
@@ -67,8 +69,13 @@ class NASBench201(Space):
         for name, value in {**sizes, "num_classes": num_classes}.items():
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise InputError(f"{name}: got {value!r}; expected a positive integer")
-        if input_size % 4:
-            raise InputError(f"input_size: got {input_size}; expected a multiple of 4, as two blocks halve the images")
+        if stem_stride not in (1, 2):
+            raise InputError(f"stem_stride: got {stem_stride!r}; expected 1 or 2")
+        sizes["stem_stride"] = stem_stride
+        if input_size % (4 * stem_stride):
+            raise InputError(
+                f"input_size: got {input_size}; expected a multiple of {4 * stem_stride}, which the network divides by"
+            )
         self.ops = tuple(ops)
         self._config = {name: operator.index(value) for name, value in {**sizes, "num_classes": num_classes}.items()}
         self.choices = (self.ops,) * len(EDGES)
@@ -134,7 +141,8 @@ class NASBench201(Space):
         """Stem, blocks, what comes before pooling, and the classifier, for these operations of every edge."""
         config, width = self._config, self._config["channels"]
         first_conv = nn.Sequential(
-            nn.Conv2d(config["in_channels"], width, 3, 1, 1, bias=False), nn.BatchNorm2d(width, affine=affine)
+            nn.Conv2d(config["in_channels"], width, 3, config["stem_stride"], 1, bias=False),
+            nn.BatchNorm2d(width, affine=affine),
         )
         features: list[nn.Module] = []
         for stage in range(STAGES):
@@ -148,7 +156,8 @@ class NASBench201(Space):
     def _make_cost_tables(self) -> dict[str, CostTable]:
         config = self._config
         widths = [config["channels"] << stage for stage in range(STAGES)]
-        areas = [(config["input_size"] >> stage) ** 2 for stage in range(STAGES)]
+        size = config["input_size"] // config["stem_stride"]
+        areas = [(size >> stage) ** 2 for stage in range(STAGES)]
         # (weights of a convolution, its output area, channels that are normalised behind it).
         fixed = [(9 * config["in_channels"] * widths[0], areas[0], widths[0])]
         for narrow, wide, area in zip(widths, widths[1:], areas[1:], strict=False):

@@ -147,12 +147,14 @@ class NASBench201Config(SpaceConfig):
         ops: operations that are searched, of none, skip_connect, nor_conv_1x1, nor_conv_3x3, avg_pool_3x3.
         stem_channels: output channels of the stem, and of the first stage.
         cells: cells of each of the three stages.
+        stem_stride: 1 as in the benchmark, or 2 for networks of a quarter of the work.
     """
 
     name: str = NASBench201.name
     ops: tuple[str, ...] = OPS
     stem_channels: int = 16
     cells: int = 5
+    stem_stride: int = 1
 
     def make(self, *, input_size: int, in_channels: int, num_classes: int) -> NASBench201:
         """The space for images of one data set.
@@ -164,6 +166,7 @@ class NASBench201Config(SpaceConfig):
             self.ops,
             channels=self.stem_channels,
             cells=self.cells,
+            stem_stride=self.stem_stride,
             input_size=input_size,
             in_channels=in_channels,
             num_classes=num_classes,

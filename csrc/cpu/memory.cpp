@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <unordered_map>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -15,14 +16,16 @@ namespace {
 
 constexpr int64_t kLine = 64;
 
-// Blocks that wait for their next use, by size. Never destroyed: a tensor may outlive everything static.
-struct Kept {
+// Large blocks: those that wait for their next use, by size, and the sizes of those in use. Never destroyed: a tensor
+// may outlive everything static.
+struct Blocks {
     std::mutex mutex;
-    std::multimap<int64_t, void*> blocks;
-    int64_t bytes = 0;
+    std::multimap<int64_t, void*> kept;
+    std::unordered_map<void*, int64_t> taken;
+    int64_t bytes = 0;  // kept
 };
-Kept& kept() {
-    static Kept& instance = *new Kept;
+Blocks& blocks() {
+    static Blocks& instance = *new Blocks;
     return instance;
 }
 
@@ -40,40 +43,44 @@ void* allocate(int64_t alignment, int64_t bytes) {
 
 void* take_memory(int64_t bytes) {
     if (bytes < kLargeBlock) return allocate(kLine, rounded(bytes + 1, kLine));
-    const int64_t size = rounded(bytes, kLargeBlock);
-    {
-        const std::lock_guard<std::mutex> lock(kept().mutex);
-        const auto found = kept().blocks.find(size);
-        if (found != kept().blocks.end()) {
-            void* memory = found->second;
-            kept().blocks.erase(found);
-            kept().bytes -= size;
-            return memory;
-        }
-    }
-    void* memory = allocate(kLargeBlock, size);
+    int64_t size = rounded(bytes, kLargeBlock);
+    Blocks& all = blocks();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    void* memory = nullptr;
+    // Sizes that are near share blocks: what waits is of no use to anybody else.
+    const auto found = all.kept.lower_bound(size);
+    if (found != all.kept.end() && found->first <= 2 * size) {
+        size = found->first;
+        memory = found->second;
+        all.kept.erase(found);
+        all.bytes -= size;
+    } else {
+        memory = allocate(kLargeBlock, size);
 #ifdef __linux__
-    madvise(memory, size, MADV_HUGEPAGE);  // advice: where there are none, small pages do
+        madvise(memory, size, MADV_HUGEPAGE);  // advice: where there are none, small pages do
 #endif
+    }
+    all.taken.emplace(memory, size);
     return memory;
 }
 
 void give_back_memory(void* memory, int64_t bytes) {
-    const int64_t size = rounded(bytes, kLargeBlock);
-    if (bytes >= kLargeBlock && size <= kMostKept) {
-        const std::lock_guard<std::mutex> lock(kept().mutex);
-        // Sizes that nobody asks for any more make room, the largest first.
-        while (kept().bytes + size > kMostKept && !kept().blocks.empty()) {
-            const auto largest = std::prev(kept().blocks.end());
-            std::free(largest->second);
-            kept().bytes -= largest->first;
-            kept().blocks.erase(largest);
-        }
-        kept().blocks.emplace(size, memory);
-        kept().bytes += size;
-        return;
+    if (bytes < kLargeBlock) return std::free(memory);
+    Blocks& all = blocks();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    const auto found = all.taken.find(memory);
+    const int64_t size = found->second;
+    all.taken.erase(found);
+    if (size > kMostKept) return std::free(memory);
+    // Sizes that nobody asks for any more make room, the largest first.
+    while (all.bytes + size > kMostKept) {
+        const auto largest = std::prev(all.kept.end());
+        std::free(largest->second);
+        all.bytes -= largest->first;
+        all.kept.erase(largest);
     }
-    std::free(memory);
+    all.kept.emplace(size, memory);
+    all.bytes += size;
 }
 
 }  // namespace spos::cpu

@@ -175,6 +175,26 @@ def test_model_in_place() -> None:
         quantize_model(nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
+def test_a_shared_convolution_stays_shared() -> None:
+    """One convolution in two places, or in a block that is, becomes one quantized one in all of them; skipped under one
+    of its names it stays in all.
+    """
+
+    def model() -> nn.Sequential:
+        head, block = nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        return nn.Sequential(head, block, block, nn.Sequential(block[0]))
+
+    quantized = quantize_model(model(), weight_quantizer="lsq")
+    places = [quantized[1][0], quantized[2][0], quantized[3][0]]
+    assert isinstance(places[0], QuantConv2d) and places[0] is places[1] is places[2]
+    assert len(list(quantized.parameters())) == 2 + 4  # the plain one's, and weight, bias and two steps
+    for name in ("1.0", "2.0", "3.0"):
+        with pytest.raises(InputError, match=r"no torch\.nn\.Conv2d to replace"):
+            quantize_model(model(), skip=["0", name])
+        kept = quantize_model(model(), skip=lambda each, _, name=name: each == name)
+        assert isinstance(kept[0], QuantConv2d) and type(kept[1][0]) is type(kept[3][0]) is nn.Conv2d
+
+
 def test_first_steps() -> None:
     """Steps start at LSQ's rule for a rectified normal input, and from data for what each quantizer sees."""
     rectified = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu().mean()

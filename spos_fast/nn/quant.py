@@ -87,7 +87,7 @@ class QuantBasicBlock(nn.Module):
             [N, out_channels, H', W'], behind a ReLU.
         """
         mid, weight_index, act_index = (self.conv1.out_channels, 0, 0) if setting is None else setting
-        if self._fuses():
+        if self._fuses() and x.numel():
             on_batch = uses_batch_statistics(self.bn1)
             made = self.conv1.convolve(x, weight_index, act_index, out_channels=mid, statistics=on_batch)
             z = made.z if isinstance(made, BNStats) else made

@@ -226,6 +226,29 @@ def test_compiled_layer_draws_bits() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_images(training: bool) -> None:
+    """An empty batch passes layers and block as torch.nn's: an empty image, gradients of zero, statistics that stay."""
+    quantizers = dict(weight_bits=(2, 4), act_bits=(2, 4), weight_quantizer="lsq")
+    models: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (QuantBasicBlock(4, 6, 5, 2, **quantizers), (0, 6, 3, 3)),
+        (QuantBasicBlock(4, 4, 4, **quantizers), (0, 4, 6, 6)),
+        (QuantConv2d(4, 8, 3, act_quantizer="lsq+", **quantizers), (0, 8, 4, 4)),
+        (QuantConv2d(4, 4, 3, padding="same", groups=4, **quantizers), (0, 4, 6, 6)),
+    ]
+    for model, shape in models:
+        before = {name: value.clone() for name, value in model.named_buffers() if name.endswith(("mean", "var"))}
+        out = model.train(training)(image(0, 4, 6, 6))
+        assert out.shape == shape
+        out.sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), name
+        for name, value in before.items():
+            assert torch.equal(value, model.get_buffer(name)), name
+    with pytest.raises(InputError, match="x must hold at least one value"):
+        QuantConv2d(4, 4, 3).packed()(image(0, 4, 6, 6))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

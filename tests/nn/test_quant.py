@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -213,16 +214,24 @@ def test_first_steps() -> None:
     assert block.conv2.act.step.item() == pytest.approx(2 * seen.item() / 7**0.5, rel=1e-4)
 
 
-def test_compiled_layer_draws_bits() -> None:
-    """100 random draws of bits as tensors run in at most two graphs, and give eager's bits."""
+@pytest.mark.parametrize("kind", ["tensors", "ints"])
+@pytest.mark.parametrize("name", ["layer", "block"])
+def test_compiled_draws_of_bits(name: str, kind: str) -> None:
+    """100 random draws of bits run in at most two graphs, and give eager's bits: as tensors, or as ints with
+    ``dynamic=True``."""
     from torch._dynamo.testing import CompileCounter
 
-    layer = QuantConv2d(4, 6, 3, padding=1, weight_bits=(1, 2, 3, 4), act_bits=(2, 4))
-    counter, x = CompileCounter(), image(2, 4, 6, 6)
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    quantizers = dict(weight_bits=(1, 2, 3, 4), act_bits=(2, 4))
+    layer, block = QuantConv2d(4, 6, 3, padding=1, **quantizers), QuantBasicBlock(4, 4, 6, **quantizers).eval()
+    model, given = (layer, lambda *bits: bits) if name == "layer" else (block, lambda *bits: ((6, *bits),))
+    counter, x, eager = CompileCounter(), image(2, 4, 6, 6), copy.deepcopy(model)
+    if name == "block":  # as its modules, which is what a compiler sees
+        eager.bn1.register_forward_hook(lambda *_: None)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True if kind == "ints" else None)
     draws = torch.randint(0, 1000, (100, 2), generator=torch.Generator().manual_seed(0)) % torch.tensor([4, 2])
-    for weight_index, act_index in draws:
-        assert torch.equal(compiled(x, weight_index, act_index), layer(x, weight_index, act_index))
+    for draw in draws:
+        bits = given(*(draw.tolist() if kind == "ints" else draw))
+        assert torch.equal(compiled(x, *bits), eager(x, *bits))
     assert counter.frame_count <= 2
 
 

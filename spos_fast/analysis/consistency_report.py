@@ -57,7 +57,7 @@ def _head(run: Path, result: Consistency) -> str:
     return f"""<h1>Rank consistency on {escape(result.space)}</h1>
 <p class="path">Run folder <code>{escape(str(run))}</code></p>
 <p class="lead">{_headline(result)}</p>
-{tiles(_tiles(result))}
+{_missing(result)}{tiles(_tiles(result))}
 <h2>Predictors of the ranking</h2>
 {card("", _taus(result), _TAU_CAPTION, _TAU_KEY, wide=True)}"""
 
@@ -94,6 +94,13 @@ def _headline(result: Consistency) -> str:
     if failed:
         text += f" {failed:,} scores failed (NaN or infinity) and count as accuracy 0."
     return text
+
+
+def _missing(result: Consistency) -> str:
+    if not result.missing:
+        return ""
+    steps = ", ".join(f"{step:,}" for step in result.missing)
+    return f'<p class="missing">States that training kept are missing and not scored: of step {steps}.</p>\n'
 
 
 def _said(ranking: Ranking) -> str:

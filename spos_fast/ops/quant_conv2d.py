@@ -218,28 +218,37 @@ def _backward(
     # Of what is loaded (with its scale, shift and step), of the weights (with theirs), of the bias.
     wanted = [any(needs[at] for at in (0, 3, 4, 5)), needs[1] or needs[9], needs[2]]
     if whole is not None and any(wanted):
-        values = codes.to(step.dtype).mul_(step).to(x.dtype)
-        filters = fake_weights(weight, *weights).to(x.dtype)
-        sizes = None if ctx.bias is None else [ctx.bias[0]]
-        grad_values, grad_filters, grad_bias = torch.ops.aten.convolution_backward(
-            whole, values, filters, sizes, *_aten(ctx.settings), wanted
-        )
-        del values, filters, whole, grad  # at the last layers, where all that forward left is alive
+        # One at a time, so that what only one of them takes is gone before the next begins.
         if wanted[0]:
+            filters = fake_weights(weight, *weights).to(x.dtype)
+            image = x.contiguous(memory_format=LAST)  # of which only shape and layout are looked at
+            grad_values = _convolution_backward(whole, image, filters, None, ctx.settings, (True, False, False))[0]
+            del filters, image
             grads = quantize_codes_backward(grad_values, x, *activation)
             del grad_values
             found |= zip(("x", "act_step", "scale", "shift"), grads, strict=True)
-        if wanted[1]:
-            grads = _weights_backward(grad_filters.to(weight.dtype), weight, *weights)
-            found |= zip(("weight", "weight_step"), grads, strict=True)
-        if wanted[2]:
-            found["bias"] = grad_bias.to(ctx.bias[1])
+        if any(wanted[1:]):
+            values = codes.to(step.dtype).mul_(step).to(x.dtype)
+            sizes = None if ctx.bias is None else [ctx.bias[0]]
+            _, grad_filters, grad_bias = _convolution_backward(
+                whole, values, weight.to(x.dtype), sizes, ctx.settings, (False, *wanted[1:])
+            )
+            del values, whole, grad
+            if wanted[1]:
+                grads = _weights_backward(grad_filters.to(weight.dtype), weight, *weights)
+                found |= zip(("weight", "weight_step"), grads, strict=True)
+            if wanted[2]:
+                found["bias"] = grad_bias.to(ctx.bias[1])
     return tuple(found.get(name) if need else None for name, need in zip(Call._fields, needs, strict=True))
 
 
-def _aten(settings: Settings) -> tuple[Any, ...]:
-    """As convolution_backward takes them: not transposed."""
-    return settings.stride, settings.padding, settings.dilation, False, [0, 0], settings.groups
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: list[int] | None, settings: Settings, wanted: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """The gradients of x, weight and bias that are wanted."""
+    sizes = settings.stride, settings.padding, settings.dilation, False, [0, 0], settings.groups  # not transposed
+    made: tuple[Any, ...] = torch.ops.aten.convolution_backward(grad, x, weight, bias, *sizes, wanted)
+    return made
 
 
 def _through_statistics(
@@ -265,10 +274,13 @@ def _weights_backward(
 ) -> tuple[Tensor, Tensor | None]:
     ops = torch.ops.spos_fast
     if mode == "dorefa":
-        return ops.dorefa_weights_backward(grad, weight, bits, index, per_channel, False), None
-    axis = 0 if per_channel else -1
-    grad_weight, grad_step, _ = ops.fake_quant_backward(grad, weight, step, None, bits, index, "lsq", True, axis)
-    return grad_weight, grad_step
+        made, grad_step = ops.dorefa_weights_backward(grad, weight, bits, index, per_channel, False), None
+    else:
+        axis = 0 if per_channel else -1
+        made, grad_step, _ = ops.fake_quant_backward(grad, weight, step, None, bits, index, "lsq", True, axis)
+    # Gradients of weights stay until the optimizer's step is over. In the memory that the ops keep for their next call,
+    # nothing else could use it between steps.
+    return grad.copy_(made), grad_step
 
 
 torch.library.register_autograd("spos_fast::quant_conv2d", _backward, setup_context=_save_for_backward, lib=LIBRARY)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.memory import TensorsAlive
 from spos_fast import ops
 from spos_fast.errors import InputError
 from spos_fast.ops import integer_conv
@@ -226,6 +227,31 @@ def test_nan_is_not_swallowed() -> None:
         broken[(3,) if name == "act_step" else (0, 0, 0, 0)] = torch.nan
         assert given.ours(**{name: broken}).isnan().any()
         assert torch.equal(given.ours(), clean)
+
+
+@pytest.mark.parametrize("mode", ["dorefa", "lsq"])
+def test_backward_holds_no_more_than_it_must(mode: str) -> None:
+    """With an image as large as the weights three tensors of their size at once, not four. The weights' gradient is in
+    memory of torch's, not in what ops keep for their next call."""
+    x = torch.rand(32, 48, 8, 48).contiguous(memory_format=LAST).requires_grad_()
+    weight = torch.randn(1365, 48, 3, 3).contiguous(memory_format=LAST).requires_grad_()
+    step = torch.ones(1, requires_grad=True)
+    out = ops.quant_conv2d(
+        x,
+        weight,
+        act_step=step,
+        act_bits=4,
+        weight_step=torch.full((1,), 0.2, requires_grad=True) if mode == "lsq" else None,
+        weight_bits=4,
+        weight_mode=mode,
+        stride=4,
+    )
+    grad = torch.ones_like(out)
+    with TensorsAlive() as alive:
+        out.backward(grad)
+    unit = x.numel() * x.element_size()
+    assert alive.most < 3.3 * unit
+    assert weight.grad is not None and weight.grad.untyped_storage().resizable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

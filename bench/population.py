@@ -29,7 +29,13 @@ from spos_fast import Architecture, Evaluator, Score, evolve
 from spos_fast.spaces import ShuffleNetV2
 
 PEERS = ("published, NCHW", "published, channels_last")
-OURS = ("fused ops, one by one", "+ tree", "+ stacking")
+# Each with the Evaluator's arguments; all but the first score a generation in one call. Workers are for CPUs.
+OURS: dict[str, dict[str, Any]] = {
+    "fused ops, one by one": dict(stacked=False, workers=1),
+    "+ tree": dict(stacked=False, workers=1),
+    "tree and stacking": dict(stacked=True, workers=1),
+    "tree and workers": dict(stacked=False, workers=None),
+}
 
 
 def main() -> int:
@@ -95,14 +101,15 @@ def measured(
 ) -> dict[str, Any]:
     """One generation's row: seconds of every contender, ratios, memory, and how much of the work the tree leaves."""
     given = scoring_inputs(space, archs, sizes, device)
-    evaluators = {stacked: _evaluator(given, sizes, options, stacked) for stacked in (False, True)}
+    evaluators = {name: _evaluator(given, sizes, options, keywords) for name, keywords in OURS.items()}
+    alone, tree = list(OURS)[:2]
 
-    def ours(stacked: bool, together: bool) -> Callable[[], list[Score]]:
+    def ours(name: str) -> Callable[[], list[Score]]:
         def run() -> list[Score]:
             with autocast(device, options.dtype):
-                if together:
-                    return evaluators[stacked](archs)
-                return [score for arch in archs for score in evaluators[stacked]([arch])]
+                if name == alone:
+                    return [score for arch in archs for score in evaluators[name]([arch])]
+                return evaluators[name](archs)
 
         return run
 
@@ -111,11 +118,11 @@ def measured(
         name: published_scoring(given, sizes, layout, split, options.dtype)
         for name, (layout, split) in zip(PEERS, layouts, strict=True)
     }
-    runs |= dict(zip(OURS, (ours(False, False), ours(False, True), ours(True, True)), strict=True))
+    runs |= {name: ours(name) for name in OURS}
     scores = {name: runs[name]() for name in OURS}
     samples = interleaved(runs, device, seconds=0.0, least=options.rounds, most=options.rounds)
-    with TensorsAlive() as alive:
-        runs[OURS[1]]()
+    with TensorsAlive() as alive:  # of one worker: what other threads make is not seen
+        runs[tree]()
     prefixes = [len({arch.genes[:length] for arch in archs}) for length in range(1, len(archs[0].genes) + 1)]
     row = {
         "generation": generation,
@@ -124,13 +131,15 @@ def measured(
         "times_faster": {peer: {name: ratio(samples[peer], samples[name]) for name in OURS} for peer in PEERS},
         "prefixes": prefixes,
         "bytes_alive": alive.most,
-        "scores_equal": scores[OURS[0]] == scores[OURS[1]] == scores[OURS[2]],
+        "scores_equal": all(made == scores[alone] for made in scores.values()),
     }
     print(f"generation {generation}: done", file=sys.stderr, flush=True)
     return row
 
 
-def _evaluator(given: ScoringInputs, sizes: ScoringSizes, options: argparse.Namespace, stacked: bool) -> Evaluator:
+def _evaluator(
+    given: ScoringInputs, sizes: ScoringSizes, options: argparse.Namespace, keywords: dict[str, Any]
+) -> Evaluator:
     return Evaluator(
         given.net,
         given.calibration,
@@ -138,12 +147,12 @@ def _evaluator(given: ScoringInputs, sizes: ScoringSizes, options: argparse.Name
         calibration_batch=sizes.batch,
         batch_size=200,
         memory=options.memory,
-        stacked=stacked,
+        **keywords,
     )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown; the memory is that of one worker."""
     lines = [
         f"| generation | {' | '.join((*PEERS, *OURS))} | times faster than {PEERS[0]} | than {PEERS[1]} | memory |",
         "|---" * (4 + len(PEERS) + len(OURS)) + "|",

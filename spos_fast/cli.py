@@ -175,8 +175,11 @@ def _run(options: argparse.Namespace) -> None:
 
 def _consistency(job: Any, table: Any) -> None:
     from spos_fast.analysis.consistency_report import tau_text, title, write_consistency_report
-    from spos_fast.consistency import consistency
+    from spos_fast.consistency import consistency, missing_states
 
+    if job.exchange.rank == 0 and (missing := missing_states(job)):
+        steps = ", ".join(f"{step:,}" for step in missing)
+        _warn(f"states that training kept are missing and not scored: of step {steps}")
     result = consistency(job, table)
     if job.exchange.rank == 0:
         for ranking in (*result.scored, *result.references):

@@ -31,7 +31,7 @@ from spos_fast.nasbench import TABLES, ArchitectureTable
 from spos_fast.pipeline import Job, load_supernet
 from spos_fast.recording import RecordedScores, shared_records
 from spos_fast.spaces import Space
-from spos_fast.training import load_model
+from spos_fast.training import kept_steps, load_model
 
 FOLDER = "consistency"
 RESULT = Path(FOLDER) / "result.json"
@@ -94,6 +94,7 @@ class Consistency:
         scored: one ranking a way of scoring: the ways of the ablation, then numbers of images, then earlier states.
         references: the predictors without a supernet, random order first.
         steps: steps of the supernet's training.
+        missing: steps of states that training was to keep, and that are not there to be scored.
     """
 
     space: str
@@ -104,6 +105,7 @@ class Consistency:
     scored: tuple[Ranking, ...]
     references: tuple[Ranking, ...]
     steps: int
+    missing: tuple[int, ...] = ()
 
 
 def ways(config: ConsistencyConfig, steps: Iterable[int] = ()) -> list[Way]:
@@ -198,6 +200,7 @@ def consistency(job: Job, table: ArchitectureTable) -> Consistency:
         tuple(scored),
         tuple(references),
         config.train.steps,
+        missing_states(job),
     )
     if job.exchange.rank == 0:
         write_json(job.folder / RESULT, _plain(result))
@@ -206,6 +209,13 @@ def consistency(job: Job, table: ArchitectureTable) -> Consistency:
 
 def _dataset(config: Config) -> str:
     return config.consistency.dataset or config.data.name
+
+
+def missing_states(job: Job) -> tuple[int, ...]:
+    """Steps of states that the run's training was to keep and that are to be scored, but are not there."""
+    train = job.config.train
+    kept = kept_steps(train.steps, train.log_every, train.keep_checkpoints)
+    return tuple(step for step in kept if job.config.consistency.checkpoints and step not in _kept(job))
 
 
 def _kept(job: Job) -> dict[int, Path]:
@@ -275,6 +285,7 @@ def _plain(result: Consistency) -> dict[str, Any]:
         "size": result.size,
         "n": result.n,
         "failed": result.failed,
+        "missing": list(result.missing),
         "scored": [row(ranking) for ranking in result.scored],
         "references": [row(ranking) for ranking in result.references],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +20,21 @@ from spos_fast.data import Images
 from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
+from spos_fast.nn import fused
 from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
 from spos_fast.nn.quant import QuantBasicBlock
 from spos_fast.nn.quant_parts import QuantPart
 from spos_fast.nn.stem_part import StemPart
 from spos_fast.prefix_tree import Node, Parts, Route, build, walk
 from spos_fast.running import RunningStatistics
+from spos_fast.sharing import share_out
 from spos_fast.supernet import Setting, Supernet
+from spos_fast.threads import side_by_side
 
 # Of the free memory, for activations: other processes and torch's own buffers need some too.
 _SHARE = 0.5
+# Fewer architectures a worker share little, and their numbers differ by too much.
+_LEAST_A_WORKER = 8
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,10 @@ class Evaluator:
     """Scores architectures: recalibrates batch normalisation of their paths, then measures their accuracy.
 
     Architectures that begin alike share the work on their common prefix (:mod:`spos_fast.prefix_tree`), so score a
-    generation in one call. The same architecture gives the same score, bit for bit on the CPU, whatever it is scored
-    with, in whatever order, and whatever the memory (with early stopping, after the same calls before). A candidate
-    that gives NaN or infinity has failed, and says so; no other is touched by it. (If the images are at fault, all
-    fail.)
+    generation in one call; on a CPU its parts run side by side, each on some of PyTorch's threads. The same
+    architecture gives the same score, bit for bit on the CPU, whatever it is scored with, in whatever order, and
+    whatever the memory (with early stopping, after the same calls before). A candidate that gives NaN or infinity has
+    failed, and says so; no other is touched by it. (If the images are at fault, all fail.)
 
     The supernet stays as it is, its running statistics too; to get a network with its statistics, ``net.extract`` it
     and :func:`spos_fast.recalibrate` it.
@@ -76,6 +81,9 @@ class Evaluator:
             costs time, as prefixes are computed again.
         stacked: whether architectures that run the same block on different inputs run it in one call; None is yes on
             GPUs, where one small batch does not fill the device, and no on CPUs.
+        workers: threads that score a part of the architectures each, on CPUs; None is as many as PyTorch has, as far as
+            each gets 8 architectures and ``memory`` has room, and 1 where blocks run as modules, with normalisation
+            layers that only one path at a time can use, or under autocast.
         early_stopping: drops hopeless candidates between batches of validation, and learns the scores of every call;
             images then come in a random order that never changes. None: all candidates see all images.
 
@@ -95,6 +103,7 @@ class Evaluator:
         batch_size: int = 256,
         memory: int | None = None,
         stacked: bool | None = None,
+        workers: int | None = None,
         early_stopping: EarlyStopping | None = None,
     ) -> None:
         for name, images in (("calibration", calibration), ("validation", validation)):
@@ -120,6 +129,8 @@ class Evaluator:
                 f"batch_size: got {batch_size}; early stopping looks at candidates between batches, and the "
                 f"{len(validation)} validation images are one batch; lower it"
             )
+        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+            raise InputError(f"workers: got {workers!r}; expected a positive number, or None for one a thread")
         if memory is not None and memory < 1:
             raise InputError(f"memory: got {memory}; expected a positive number of bytes, or None for what is free")
         # Faster than NCHW; docs/performance.md.
@@ -127,7 +138,7 @@ class Evaluator:
         self.net, self.mode = net, mode
         self.calibration, self.validation = calibration, validation
         self.calibration_batch, self.batch_size = calibration_batch, batch_size
-        self.memory, self.stacked, self.early_stopping = memory, stacked, early_stopping
+        self.memory, self.stacked, self.workers, self.early_stopping = memory, stacked, workers, early_stopping
         self._probe = Probe()
         self._labels_checked = False
 
@@ -141,7 +152,7 @@ class Evaluator:
         """
         archs = list(archs)
         routes = [tuple(self.net.route(arch)) for arch in archs]
-        different = list(dict.fromkeys(routes))
+        different = dict(zip(routes, archs, strict=True))
         with torch.no_grad(), _evaluation_mode(self.net):
             if archs and not self._labels_checked:
                 _check_labels(self.validation.labels, self.net(self._few_images(), archs[0]))
@@ -152,10 +163,29 @@ class Evaluator:
             self.early_stopping.learn(archs, result)
         return result
 
-    def _score(self, routes: Sequence[Route]) -> list[Score]:
-        """Scores of different routes."""
-        if not routes:
+    def _score(self, different: dict[Route, Architecture]) -> list[Score]:
+        """Scores of different routes, with an architecture of each."""
+        if not different:
             return []
+        routes = list(different)
+        workers, shared, width = self._plan(self._parts(routes), len(routes))
+        if shared is None:
+            return [score for route in routes for score in self._score_tree([route], 0, width)]
+        if workers == 1:
+            return self._score_tree(routes, shared, width)
+        shares = [share for share in share_out(list(different.values()), workers) if share]
+        # Parts are made in each thread: those of quantized blocks keep their packed weights.
+        tasks = [partial(self._score_tree, [routes[number] for number in share], shared, width) for share in shares]
+        made = side_by_side(tasks, torch.get_num_threads() // workers)
+        scores = {
+            number: score
+            for share, some in zip(shares, made, strict=True)
+            for number, score in zip(share, some, strict=True)
+        }
+        return [scores[number] for number in range(len(routes))]
+
+    def _parts(self, routes: Sequence[Route]) -> Parts:
+        """What these routes consist of."""
         net = self.net
         blocks = [
             {step: _part(candidates[step[0]], step[1]) for step in {route[layer] for route in routes}}  # type: ignore[index]
@@ -163,22 +193,21 @@ class Evaluator:
         ]
         first = net.first_conv
         stem = StemPart(first) if isinstance(first, nn.Sequential) and StemPart.takes(first) else Part(first)
-        parts = Parts(stem, blocks, HeadPart(net.conv_last, _Classifier(net)))
-        shared, width = self._plan(parts, len(routes))
-        if shared is None:
-            return [score for route in routes for score in self._score_tree(parts, [route], 0, width)]
-        return self._score_tree(parts, routes, shared, width)
+        return Parts(stem, blocks, HeadPart(net.conv_last, _Classifier(net)))
 
-    def _score_tree(self, parts: Parts, routes: Sequence[Route], shared: int, width: int) -> list[Score]:
-        root = build(parts, routes, shared)
+    def _score_tree(
+        self, routes: Sequence[Route], shared: int, width: int, check: Callable[[], None] = lambda: None
+    ) -> list[Score]:
+        """Scores of different routes, one tree; ``check`` is called at every node and may raise."""
+        root = build(self._parts(routes), routes, shared)
         paths = root.paths()
         nodes = list(dict.fromkeys(node for path in paths for node in path))
-        running = self._statistics(root, nodes, width)
+        running = self._statistics(root, nodes, width, check)
         statistics = dict(zip(nodes, running.statistics(), strict=True))
         tally = _Tally(len(routes), self.validation.labels.device)
         seen, total = 0, len(self.validation)
         for images, labels in self._validation_batches():
-            walk(root, images, partial(_validate, statistics, tally, labels), width)
+            walk(root, images, partial(_validate, check, statistics, tally, labels), width)
             seen += len(labels)
             if self.early_stopping is not None and seen < total:
                 looks = -(-total // self.batch_size) - 1
@@ -187,7 +216,9 @@ class Evaluator:
         sound = dict(zip(nodes, running.finite().tolist(), strict=True))
         return tally.scores(total, [all(sound[node] for node in path) for path in paths])
 
-    def _statistics(self, root: Node, nodes: Sequence[Node], width: int) -> RunningStatistics:
+    def _statistics(
+        self, root: Node, nodes: Sequence[Node], width: int, check: Callable[[], None]
+    ) -> RunningStatistics:
         """Statistics of the nodes of a tree."""
         parts = [node.part for node in nodes]
         if self.mode == "none":
@@ -197,12 +228,14 @@ class Evaluator:
         running = RunningStatistics(parts, self.mode)
         for images in self._calibration_batches():
             moments: dict[Node, Moments] = {}
-            walk(root, images, partial(_calibrate, moments), width)
+            walk(root, images, partial(_calibrate, check, moments), width)
             running.merge([moments[node] for node in nodes])
         return running
 
-    def _plan(self, parts: Parts, routes: int) -> tuple[int | None, int]:
-        """How many blocks of a prefix may be shared (None: not even the stem), and how many nodes run together."""
+    def _plan(self, parts: Parts, routes: int) -> tuple[int, int | None, int]:
+        """How many workers walk trees of their own, how many blocks of a prefix may be shared (None: not even the
+        stem), and how many nodes run together.
+        """
         device = self.calibration.pixels.device
         budget = int(free_memory(device) * _SHARE) if self.memory is None else self.memory
         batches = -(-len(self.calibration) // self.calibration_batch)
@@ -214,11 +247,23 @@ class Evaluator:
                 "lower calibration_batch and batch_size"
             )
         stacked = device.type != "cpu" if self.stacked is None else self.stacked
-        width = min(budget // (sum(made) + working), routes if stacked else 1)
-        if width >= 1:
-            return len(parts.blocks), width
+        whole = budget // (sum(made) + working)  # so many paths fit
+        if whole >= 1:
+            workers = max(1, min(whole, routes // _LEAST_A_WORKER, self._most_workers(parts)))
+            return workers, len(parts.blocks), min(whole // workers, routes) if stacked else 1
         fitting = [depth for depth in range(len(made)) if sum(made[: depth + 1]) + working <= budget]
-        return max(fitting, default=None), 1
+        return 1, max(fitting, default=None), 1
+
+    def _most_workers(self, parts: Parts) -> int:
+        """How many threads may walk these parts."""
+        pixels = self.calibration.pixels
+        fused_only = fused.has_kernel("pw_bnstats", pixels) and all(
+            part.fuses for level in parts.levels for part in level
+        )
+        if pixels.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not fused_only:
+            return 1
+        threads = torch.get_num_threads()
+        return threads if self.workers is None else min(self.workers, threads)
 
     def _few_images(self) -> Tensor:
         return self.calibration.normalization(self.calibration.pixels[:2])
@@ -269,8 +314,11 @@ def _part(module: nn.Module, setting: Setting) -> Part:
     return Part(module, setting)
 
 
-def _calibrate(moments: dict[Node, Moments], nodes: Sequence[Node], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+def _calibrate(
+    check: Callable[[], None], moments: dict[Node, Moments], nodes: Sequence[Node], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
     """Runs nodes on batch statistics, which go into ``moments``."""
+    check()
     outputs: list[Tensor | None] = []
     for part, first, last in _runs(nodes):
         made = part.calibrate(inputs[first:last])
@@ -280,9 +328,15 @@ def _calibrate(moments: dict[Node, Moments], nodes: Sequence[Node], inputs: Sequ
 
 
 def _validate(
-    statistics: dict[Node, Statistics], tally: _Tally, labels: Tensor, nodes: Sequence[Node], inputs: Sequence[Tensor]
+    check: Callable[[], None],
+    statistics: dict[Node, Statistics],
+    tally: _Tally,
+    labels: Tensor,
+    nodes: Sequence[Node],
+    inputs: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Runs nodes on given statistics; what leaves make goes into ``tally``."""
+    check()
     outputs: list[Tensor | None] = []
     for part, first, last in _runs(nodes):
         outputs += part.infer(inputs[first:last], [statistics[node] for node in nodes[first:last]])

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spos_fast.checkpoint import TEMPORARY, Records, read_json, write_json
-from spos_fast.config import SECTIONS, Config, config_from, merged, plain
+from spos_fast.config import SECTIONS, SPACE_CONFIGS, Config, config_from, merged, plain
 from spos_fast.errors import CheckpointError, InputError
 
 # What every stage depends on: its own settings and those of the stages before it.
@@ -147,6 +147,9 @@ def resolve(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> 
     # Settings of a space can be given without its name, which the run knows.
     earlier = merged(*(_space_name(values) for values in (stored, before.get("preset", {}), before.get("flags", {}))))
     config_from(merged(earlier, preset, flags), "settings")
+    # The preset that the run began with may be named again; its flags then were what made the difference.
+    given = merged({} if preset == before.get("preset") else preset, flags)
+    _check_kind_of_space(path, stored, given)
     bound = {name: stored[name] for name in _bound(path) if name in stored}
     if isinstance(bound.get("data"), dict):
         bound["data"] = {key: value for key, value in bound["data"].items() if key != "path"}
@@ -154,8 +157,7 @@ def resolve(path: Path, preset: Mapping[str, Any], flags: Mapping[str, Any]) -> 
     config = config_from(
         merged({k: v for k, v in free.items() if k not in bound}, _data_path(stored, free), bound), "run"
     )
-    # The preset that the run began with may be named again; its flags then were what made the difference.
-    asked = merged(bound, {} if preset == before.get("preset") else preset, flags)
+    asked = merged(bound, given)
     for part, value in plain(config).items():
         if part not in bound or part not in asked:
             continue
@@ -178,6 +180,13 @@ def _space_name(values: Mapping[str, Any]) -> dict[str, Any]:
     """The name of the space alone, if the values have one."""
     space = values.get("space")
     return {"space": {"name": space["name"]}} if isinstance(space, Mapping) and "name" in space else {}
+
+
+def _check_kind_of_space(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a space of another kind than the run's, whose settings would be mixed with those given before."""
+    old, new = (_space_name(values).get("space", {}).get("name") for values in (stored, given))
+    if old and new and SPACE_CONFIGS.get(old) is not SPACE_CONFIGS[new]:
+        raise _differs(path, "space.name", old, new)
 
 
 def _data_path(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

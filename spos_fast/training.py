@@ -196,7 +196,7 @@ def train(
         workers=workers,
     )
     net.train()
-    window = _Window(config)
+    window, kept = _Window(config), set(kept_steps(config.steps, config.log_every, keep_checkpoints))
     saved = time.monotonic()
     with contextlib.closing(cast("Any", stream)):
         for step in range(start, config.steps):
@@ -217,7 +217,7 @@ def train(
             metrics = window.close(done, lr)
             if on_metrics is not None and distributed.rank() == 0:
                 on_metrics(metrics)
-            if checkpoint is not None and distributed.rank() == 0 and _is_kept(done, config, keep_checkpoints):
+            if checkpoint is not None and distributed.rank() == 0 and done in kept:
                 # Before the checkpoint: a run that is killed in between writes it again, and never lacks it.
                 state.keep(checkpoint, done)
             due = time.monotonic() - saved >= config.checkpoint_seconds
@@ -398,10 +398,12 @@ class _State:
             raise CheckpointError(f"{path}: was trained in the space {theirs}, not {own}; use another run folder")
 
 
-def _is_kept(done: int, config: TrainConfig, count: int) -> bool:
-    """Whether a state at a row of metrics is the first one behind one of ``count`` evenly spaced steps."""
-    before = (done - 1) // config.log_every * config.log_every
-    return done < config.steps and (count + 1) * done // config.steps > (count + 1) * before // config.steps
+def kept_steps(steps: int, log_every: int, count: int) -> list[int]:
+    """The steps of a training whose states :func:`train` keeps: for each of ``count`` evenly spaced ones the next row
+    of metrics; a row counts once, and the end is none.
+    """
+    rows = range(log_every, steps, log_every)
+    return [row for row in rows if (count + 1) * row // steps > (count + 1) * (row - log_every) // steps]
 
 
 def load_model(net: nn.Module, content: dict[str, Any], path: str | Path) -> None:

@@ -242,6 +242,25 @@ def test_the_time_that_is_left_is_told_when_a_call_has_been_scored(capsys, monke
     assert capsys.readouterr().err == "none_n100: 50 of 100, accuracy 50.00%, best 50.00%, 30 s left\n"
 
 
+def test_a_kept_state_that_is_missing_is_told(finished, macro_table, tmp_path, capsys):
+    """A warning, a sentence of the report and an entry of the result name its step; nobody who left states out is
+    warned."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flags = ["--ablation", "ema", "--calibration-images", "64"]
+    assert _run(run, macro_table, *flags) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert "are missing" not in (run / "report_consistency.html").read_text()
+    (run / "supernet" / "checkpoint_at_000000006.pt").unlink()
+    assert _run(run, macro_table, *flags) == 0
+    says = "states that training kept are missing and not scored: of step 6"
+    assert capsys.readouterr().err == f"spos-fast: warning: {says}\n"
+    assert says in (run / "report_consistency.html").read_text().replace("States", "states")
+    assert json.loads((run / "consistency" / "result.json").read_text())["missing"] == [6]
+    assert _run(run, macro_table, *flags, "--checkpoints", "false") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_scores_meet_the_rows_of_their_own_cells(tmp_path):
     """A reduced space with operations in another order, against a table made of its own scores: tau is 1."""
     rows = np.stack(np.unravel_index(np.arange(5**6), (5,) * 6), axis=1).astype(np.uint8)

@@ -7,7 +7,7 @@ import pytest
 
 from spos_fast import DistributedEvaluator, InputError, Score
 from spos_fast.distributed import Exchange
-from spos_fast.distributed_evaluation import share_out
+from spos_fast.sharing import share_out
 from spos_fast.spaces import ShuffleNetV2
 
 

@@ -1,21 +1,24 @@
-"""What docs/drop-in.md shows runs as it stands."""
+"""What docs/drop-in.md and docs/mixed_precision.md show runs as it stands."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "drop-in.md"
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def test_the_page_runs(tmp_path):
+@pytest.mark.parametrize(("page", "snippets", "checks"), [("drop-in", 14, 12), ("mixed_precision", 1, 1)])
+def test_the_page_runs(tmp_path, page, snippets, checks):
     """All snippets, word for word and one after another, in a fresh interpreter and another folder: their own checks
     hold, and nothing warns of misuse."""
-    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(snippets) == 14
-    assert sum(snippet.count("assert") for snippet in snippets) == 12
+    found = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    assert len(found) == snippets
+    assert sum(snippet.count("assert") for snippet in found) == checks
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(snippets)],
+        [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(found)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

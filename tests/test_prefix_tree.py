@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections import Counter
 
 import numpy as np
@@ -68,6 +69,86 @@ def test_scores_equal_those_of_every_candidate_alone(images, kind, mode):
         assert Evaluator(net, *images, memory=budget, stacked=True, **options)(archs) == expected
 
 
+@pytest.fixture()
+def four_threads():
+    """PyTorch with four threads, on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def _threads_of(monkeypatch, evaluator, archs):
+    """Scores, and for each thread that walked a tree how many threads its ops had."""
+    seen = {}
+    own = evaluator._statistics
+
+    def statistics(*arguments):
+        seen[threading.get_ident()] = torch.get_num_threads()
+        return own(*arguments)
+
+    monkeypatch.setattr(evaluator, "_statistics", statistics)
+    return evaluator(archs), seen
+
+
+@pytest.mark.parametrize("kind", ["blocks", "joint"])
+def test_workers_give_the_scores_of_one(images, kind, monkeypatch, four_threads):
+    """Bit for bit, with two and four threads that share what PyTorch has; too few architectures or too little memory
+    for several need one. Threads and gradients of the caller stay as they are."""
+    torch.manual_seed(0)
+    space = _space(**SPACES[kind])
+    net, archs = space.supernet(), _archs(space, 40)
+    one = Evaluator(net, *images, workers=1)
+    expected, seen = _threads_of(monkeypatch, one, archs)
+    assert list(seen.values()) == [4]
+    assert len({score.loss for score in expected}) > 5
+    for workers, each in ((None, [1, 1, 1, 1]), (2, [2, 2])):
+        scores, seen = _threads_of(monkeypatch, Evaluator(net, *images, workers=workers), archs)
+        assert scores == expected and list(seen.values()) == each
+    for evaluator, some in ((Evaluator(net, *images), archs[:12]), (Evaluator(net, *images, memory=2_500_000), archs)):
+        scores, seen = _threads_of(monkeypatch, evaluator, some)
+        assert scores == expected[: len(some)] and list(seen.values()) == [4]
+    assert torch.get_num_threads() == 4 and torch.is_grad_enabled()
+    started = []
+    later = threading.Thread(target=lambda: started.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert started == [4]
+
+
+def test_a_worker_that_fails_ends_the_others(images, monkeypatch, four_threads):
+    """The error comes out, at once, and nothing goes on running."""
+    space = _space()
+    archs = _archs(space, 40)
+    evaluator = Evaluator(space.supernet(), *images, calibration_batch=2)
+    before = evaluator(archs)
+    calls, own = [], parts.Part.calibrate
+
+    def fail_late(self, inputs):
+        calls.append(threading.get_ident())
+        if len(calls) == 1000:
+            raise InputError("the thousandth")
+        return own(self, inputs)
+
+    monkeypatch.setattr(parts.Part, "calibrate", fail_late)
+    with pytest.raises(InputError, match="the thousandth"):
+        evaluator(archs)
+    assert len(set(calls)) > 1 and len(calls) < 1050
+    assert threading.active_count() == 1
+    monkeypatch.undo()
+    assert evaluator(archs) == before
+
+
+def test_blocks_that_run_as_modules_keep_one_worker(images, monkeypatch, four_threads):
+    """Their normalisation layers have one set of buffers."""
+    space = _space()
+    net, archs = space.supernet(), _archs(space, 40)
+    net.features[0][0].register_forward_hook(lambda *_: None)
+    scores, seen = _threads_of(monkeypatch, Evaluator(net, *images), archs)
+    assert list(seen.values()) == [4]
+    assert scores == Evaluator(net, *images, workers=1)(archs)
+
+
 def test_plain_modules_give_the_same_statistics_and_scores(images):
     """SPOS_FAST_BACKEND=reference, in a process of its own: the tree equals every candidate alone, bit for bit, and the
     scores are those of the kernels to rounding."""
@@ -116,7 +197,7 @@ def test_every_prefix_runs_once_a_batch(images, monkeypatch):
     count(StemPart)
     space = _space()
     archs = _archs(space)
-    evaluator = Evaluator(space.supernet(), *images, calibration_batch=30)
+    evaluator = Evaluator(space.supernet(), *images, calibration_batch=30, workers=1)
     evaluator(archs)
     probed = len({(layer, gene) for arch in archs for layer, gene in enumerate(arch.genes)}) + 1
     prefixes = {arch.genes[:length] for arch in archs for length in range(len(archs[0].genes) + 1)}
@@ -130,7 +211,7 @@ def test_memory_stays_within_the_budget(images, stacked):
     net, archs = space.supernet(), _archs(space, 40)
     peaks = []
     for budget in (24_000_000, 3_000_000, 1_500_000):
-        evaluator = Evaluator(net, *images, memory=budget, stacked=stacked)
+        evaluator = Evaluator(net, *images, memory=budget, stacked=stacked, workers=1)  # what threads make is not seen
         evaluator(archs[:1])  # what is made once does not count
         gc.collect()
         with TensorsAlive() as alive:

@@ -110,6 +110,25 @@ def test_other_settings_are_refused(tmp_path, given, says):
     assert _content(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_kind_of_space_is_refused_by_name(tmp_path, finished):
+    """One line names both spaces, not a setting that the other one lacks; with results in the folder or without."""
+    macro = {"space": {"name": "nasbench_macro", "head_channels": 8}}
+    with Run(tmp_path / "a", {}, macro, ("train", "consistency")):
+        if finished:
+            _results(tmp_path / "a" / "supernet" / "checkpoint.pt")
+    before = _content(tmp_path / "a")
+    for preset, flags in (
+        ({}, {"space": {"name": "nasbench201", "cells": 1}}),
+        ({"space": {"name": "nasbench201"}}, {}),
+    ):
+        with pytest.raises(InputError, match=r"space\.name: run .* was made with 'nasbench_macro', not 'nasbench201'"):
+            Run(tmp_path / "a", preset, flags, ("train", "consistency"))
+    assert _content(tmp_path / "a") == before
+    with Run(tmp_path / "a", {}, macro, ("train",)) as run:
+        assert run.config.space.head_channels == 8
+
+
 def test_runs_from_before_a_setting_existed_go_on(tmp_path):
     """Folders of block search store no widths: they go on as they were, and do not take widths up silently."""
     with Run(tmp_path / "a", {}, {}, ("train",)):

@@ -28,6 +28,28 @@ def bn_act_cat(z: Tensor, scale: Tensor, shift: Tensor, other: Tensor) -> Tensor
     return torch.cat((other[:, ::2], activation(z, scale, shift)), 1)
 
 
+def bn_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+) -> Tensor:
+    """ReLU of the scaled and shifted channels plus the residual, which may be scaled and shifted too.
+
+    By batch_norm with neutral statistics, which is faster than products that broadcast; the rest in place.
+    """
+    y = scaled(x, scale, shift)
+    y += residual if residual_scale is None else scaled(residual, residual_scale, residual_shift)
+    return y.relu_()
+
+
+def scaled(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """The channels of x times a scale plus a shift."""
+    return functional.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+
+
 def with_moments(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The image, the mean of each channel and its sum of squared deviations."""
     var, mean = torch.var_mean(z.float(), (0, 2, 3), correction=0)

@@ -1,6 +1,7 @@
 #include <tuple>
 
 #include "csrc/bindings/cpu_memory.h"
+#include "csrc/bindings/groups.h"
 #include "csrc/cpu/bn_moments.h"
 #include "csrc/cpu/bn_normalize.h"
 #ifdef SPOS_FAST_WITH_CUDA
@@ -68,16 +69,6 @@ std::tuple<Tensor, Tensor> bn_moments_cpu(const Tensor& x, int64_t groups) {
     spos::cpu::bn_moments(dtype, input.const_data_ptr(), shape, mean.mutable_data_ptr(), m2.mutable_data_ptr(),
                           parallel_for);
     return {mean, m2};
-}
-
-// scale or shift as the kernels of bn_normalize read it.
-Tensor per_group(const Tensor& values, const char* name, const Tensor& x, int64_t groups) {
-    STD_TORCH_CHECK(values.scalar_type() == statistics_type(dtype_of(x, "x")), name,
-                    " must be float32, or float64 for float64 images");
-    STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == groups && values.size(1) == x.size(1), name, " must be [",
-                    groups, ", ", x.size(1), "]");
-    STD_TORCH_CHECK(values.get_device_index() == x.get_device_index(), name, " must be on the device of x");
-    return torch::stable::contiguous(values);
 }
 
 Tensor bn_normalize_cpu(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu, int64_t groups) {

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "csrc/bindings/cpu_memory.h"
+#include "csrc/bindings/groups.h"
 #ifdef SPOS_FAST_WITH_CUDA
 #include "kernels/cuda/bn_add_relu.h"
 #endif
@@ -34,17 +35,8 @@ Tensor image_like(const Tensor& image, const char* name, const Tensor& x) {
     return channels_last(image);
 }
 
-Tensor values_of(const Tensor& values, const char* name, const Tensor& x, int64_t groups) {
-    STD_TORCH_CHECK(values.scalar_type() == statistics_type(dtype_of(x, "x")), name,
-                    " must be float32, or float64 for float64 images");
-    STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == groups && values.size(1) == x.size(1), name, " must be [",
-                    groups, ", ", x.size(1), "]");
-    STD_TORCH_CHECK(values.get_device_index() == x.get_device_index(), name, " must be on the device of x");
-    return torch::stable::contiguous(values);
-}
-
-OptionalTensor values_of(const OptionalTensor& values, const char* name, const Tensor& x, int64_t groups) {
-    return values ? OptionalTensor(values_of(*values, name, x, groups)) : std::nullopt;
+OptionalTensor maybe_per_group(const OptionalTensor& values, const char* name, const Tensor& x, int64_t groups) {
+    return values ? OptionalTensor(per_group(*values, name, x, groups)) : std::nullopt;
 }
 
 // What both directions read, as the kernels read it.
@@ -59,16 +51,16 @@ struct Given {
         : shape(shape_of(given, groups)),
           dtype(dtype_of(given, "x")),
           x(channels_last(given)),
-          scale(values_of(scale, "scale", given, groups)),
+          scale(per_group(scale, "scale", given, groups)),
           residual(image_like(residual, "residual", given)),
-          residual_scale(values_of(residual_scale, "residual_scale", given, groups)) {}
+          residual_scale(maybe_per_group(residual_scale, "residual_scale", given, groups)) {}
 
     // shift and residual_shift.
     std::tuple<Tensor, OptionalTensor> shifts(const Tensor& shift, const OptionalTensor& residual_shift) const {
         STD_TORCH_CHECK(residual_scale.has_value() == residual_shift.has_value(),
                         "residual_scale and residual_shift must be given together");
-        return {values_of(shift, "shift", x, shape.groups),
-                values_of(residual_shift, "residual_shift", x, shape.groups)};
+        return {per_group(shift, "shift", x, shape.groups),
+                maybe_per_group(residual_shift, "residual_shift", x, shape.groups)};
     }
 
     // Gradients of scale, shift and residual_scale.

@@ -24,6 +24,16 @@ inline bool is_grouped_vector(const Tensor& value, int64_t size, int64_t groups)
     return value.dim() == 2 && value.size(0) == groups && value.size(1) == size;
 }
 
+// Values of every group and channel of images x, [groups, channels] (a scale, a shift), as the kernels read them.
+inline Tensor per_group(const Tensor& values, const char* name, const Tensor& x, int64_t groups) {
+    STD_TORCH_CHECK(values.scalar_type() == statistics_type(dtype_of(x, "x")), name,
+                    " must be float32, or float64 for float64 images");
+    STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == groups && values.size(1) == x.size(1), name, " must be [",
+                    groups, ", ", x.size(1), "]");
+    STD_TORCH_CHECK(values.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+    return torch::stable::contiguous(values);
+}
+
 // A group's share of a packed tensor, to read or to fill.
 inline const void* part(const Tensor& values, int64_t group, int64_t groups) {
     const int64_t bytes = values.numel() / groups * item_size(dtype_of(values, "x"));

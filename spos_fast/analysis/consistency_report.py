@@ -48,16 +48,16 @@ def title(way: Way) -> str:
 
 
 def tau_text(statistics: RankStatistics) -> str:
-    """Tau and its interval: ``0.540 (0.512 to 0.566)``."""
-    low, high = statistics.interval
-    return f"{_number(statistics.tau)} ({_number(low)} to {_number(high)})"
+    """Tau and its interval, if it has one: ``0.540 (0.512 to 0.566)``."""
+    interval = _interval(statistics)
+    return f"{_number(statistics.tau)} ({interval})" if interval else _number(statistics.tau)
 
 
 def _head(run: Path, result: Consistency) -> str:
     return f"""<h1>Rank consistency on {escape(result.space)}</h1>
 <p class="path">Run folder <code>{escape(str(run))}</code></p>
 <p class="lead">{_headline(result)}</p>
-{tiles(_tiles(result))}
+{_missing(result)}{tiles(_tiles(result))}
 <h2>Predictors of the ranking</h2>
 {card("", _taus(result), _TAU_CAPTION, _TAU_KEY, wide=True)}"""
 
@@ -96,6 +96,13 @@ def _headline(result: Consistency) -> str:
     return text
 
 
+def _missing(result: Consistency) -> str:
+    if not result.missing:
+        return ""
+    steps = ", ".join(f"{step:,}" for step in result.missing)
+    return f'<p class="missing">States that training kept are missing and not scored: of step {steps}.</p>\n'
+
+
 def _said(ranking: Ranking) -> str:
     way = ranking.way
     assert way is not None
@@ -104,9 +111,9 @@ def _said(ranking: Ranking) -> str:
 
 def _tiles(result: Consistency) -> list[tuple[str, str, str]]:
     statistics = result.scored[0].statistics
-    low, high = statistics.interval
+    interval = _interval(statistics)
     found = [
-        ("Kendall's tau", _number(statistics.tau), f"interval {_number(low)} to {_number(high)}"),
+        ("Kendall's tau", _number(statistics.tau), f"interval {interval}" if interval else "no interval"),
         ("Partial tau", _number(statistics.partial_tau), "given the number of parameters"),
         ("Tau, best 50%", _number(statistics.tau_top_half), "of the truth"),
         ("Tau, best 10%", _number(statistics.tau_top_tenth), "of the truth"),
@@ -133,7 +140,7 @@ def _tables(result: Consistency) -> str:
             (
                 name,
                 _number(each.tau),
-                " to ".join(map(_number, each.interval)),
+                _interval(each) or _number(math.nan),
                 *map(_number, (each.spearman, each.tau_top_half, each.tau_top_tenth, each.partial_tau)),
             )
             for name, each in rankings
@@ -220,6 +227,12 @@ def _settings(run: Path) -> str:
 <details><summary>Commands for the same run in another folder</summary><pre>{commands}</pre></details>
 <footer class="note">Seed {data.config.seed}; the same command goes on or adds ways to score:
 <code>{command}</code>. Written by spos_fast {escape(spos_fast.__version__)}.</footer>"""
+
+
+def _interval(statistics: RankStatistics) -> str:
+    """Such as ``0.512 to 0.566``; empty where there is none."""
+    low, high = statistics.interval
+    return "" if math.isnan(low) else f"{_number(low)} to {_number(high)}"
 
 
 def _number(value: float) -> str:

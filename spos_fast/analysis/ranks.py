@@ -15,7 +15,7 @@ from scipy import stats
 from spos_fast.errors import InputError
 
 Values = NDArray[np.float64]
-# A tau of fewer says nothing.
+# A tau of fewer says nothing, and neither does a bootstrap over them.
 _FEWEST = 10
 
 
@@ -48,7 +48,7 @@ class RankStatistics:
     Attributes:
         architectures: how many.
         tau: Kendall's tau-b.
-        interval: ends of its bootstrap interval (percentiles) over architectures.
+        interval: ends of its bootstrap interval (percentiles) over architectures; NaN for fewer than 10.
         spearman: Spearman's rho.
         tau_top_half: tau-b among the truly best 50 %.
         tau_top_tenth: tau-b among the truly best 10 %.
@@ -137,7 +137,7 @@ def tau_interval(
     predicted: ArrayLike, true: ArrayLike, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of tau-b over architectures. Two copies of one architecture are tied on both sides,
-    and tau-b leaves them out.
+    and tau-b leaves them out. NaN for fewer than 10 architectures, which such an interval would be too narrow for.
 
     Args:
         predicted: [n].
@@ -153,6 +153,8 @@ def tau_interval(
         raise InputError(f"confidence, resamples: got {confidence} and {resamples}; expected such as 0.95 and 1000")
     # Ranks, for integers sort faster; tau-b does not change.
     x, y = (np.unique(values, return_inverse=True)[1] for values in _checked(predicted=predicted, true=true))
+    if len(x) < _FEWEST:
+        return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     taus = np.empty(resamples)
     for number in range(resamples):

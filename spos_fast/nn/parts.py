@@ -7,6 +7,7 @@ with statistics of its own, which the module's one set of running statistics can
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,9 @@ from spos_fast.errors import InputError
 from spos_fast.nn import fused
 from spos_fast.nn.observation import observing
 from spos_fast.nn.units import Unit
+
+# A module that lends its buffers to one path can run in one thread at a time.
+_lending = threading.RLock()
 
 
 class Moments(NamedTuple):
@@ -147,6 +151,10 @@ class Part:
         return cast(Tensor, self.module(x) if self.setting is None else self.module(x, self.setting))
 
     def _calibrate_modules(self, x: Tensor) -> tuple[Tensor, Moments]:
+        with _lending:
+            return self._calibrate_lending(x)
+
+    def _calibrate_lending(self, x: Tensor) -> tuple[Tensor, Moments]:
         seen: dict[_BatchNorm, tuple[Tensor, Tensor, int]] = {}
 
         def take(layer: _BatchNorm, channels: slice | Tensor | None, mean: Tensor, var: Tensor, count: int) -> None:
@@ -179,13 +187,14 @@ class Part:
         return out, Moments(means, variances, [count for *_, count in made])
 
     def _infer_modules(self, x: Tensor, statistics: Statistics) -> Tensor:
-        buffers = []
         means, variances = statistics.mean.split(self.widths), statistics.var.split(self.widths)
-        for layer, mean, var in zip(self.norms, means, variances, strict=True):
-            dtype = cast(Tensor, layer.running_mean).dtype
-            buffers.append({"running_mean": mean.to(dtype), "running_var": var.to(dtype)})
-        with _lent(self.norms, buffers):
-            return self._run(x)
+        with _lending:
+            buffers = []
+            for layer, mean, var in zip(self.norms, means, variances, strict=True):
+                dtype = cast(Tensor, layer.running_mean).dtype
+                buffers.append({"running_mean": mean.to(dtype), "running_var": var.to(dtype)})
+            with _lent(self.norms, buffers):
+                return self._run(x)
 
 
 class HeadPart(Part):

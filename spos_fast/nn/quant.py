@@ -17,6 +17,7 @@ from spos_fast.nn.quant_conv import QuantConv2d
 from spos_fast.nn.quantize_model import initialize_steps, quantize_model
 from spos_fast.nn.sliced import SlicedBatchNorm2d
 from spos_fast.ops import BNStats, PackedConv2d, bn_add_relu, bn_moments
+from spos_fast.ops.unit_layers import statistics_dtype
 
 __all__ = ["QuantAct", "QuantBasicBlock", "QuantConv2d", "fold", "initialize_steps", "quantize_model"]
 
@@ -86,7 +87,7 @@ class QuantBasicBlock(nn.Module):
             [N, out_channels, H', W'], behind a ReLU.
         """
         mid, weight_index, act_index = (self.conv1.out_channels, 0, 0) if setting is None else setting
-        if self._fuses():
+        if self._fuses() and x.numel():
             on_batch = uses_batch_statistics(self.bn1)
             made = self.conv1.convolve(x, weight_index, act_index, out_channels=mid, statistics=on_batch)
             z = made.z if isinstance(made, BNStats) else made
@@ -232,7 +233,8 @@ def fold_running(norm: nn.BatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (var + norm.eps).rsqrt()
+    wide = statistics_dtype(var)  # that of scales, also where the layer's statistics are in half precision
+    mean, scale = mean.to(wide), (var.to(wide) + norm.eps).rsqrt()
     if not norm.affine:
         return scale, -mean * scale
     scale = scale * norm.weight[: len(mean)]

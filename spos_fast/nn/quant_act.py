@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class QuantAct(nn.Module):
         channels: None for one step, or the number of channels for a step each.
 
     Attributes:
-        step: [K], or [K, channels], an entry for each of the K bit-widths: PACT's clipping level or LSQ's step.
+        step: [K], or [K, channels], an entry for each of the K bit-widths: PACT's clipping level or LSQ's step;
+            float32 (float64 after ``double()``), also where ``half()`` or the like is called.
         offset: likewise, of lsq+; else None.
 
     Raises:
@@ -82,9 +83,26 @@ class QuantAct(nn.Module):
             axis=axis,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAct:
+        return super()._apply(keeping_precision(fn), recurse)
+
     def extra_repr(self) -> str:
         """Bits and quantizer."""
         return f"bits={list(self.bits)}, quantizer={self.quantizer}" + (", signed" if self.signed else "")
+
+
+def keeping_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a module does to its tensors, for vectors of steps: they move with it, but not to half precision, in which
+    most updates of a step would round to nothing and which the ops do not take.
+    """
+
+    def apply(vector: Tensor) -> Tensor:
+        made = fn(vector)
+        if made.is_floating_point() and made.dtype not in (torch.float32, torch.float64):
+            return vector.to(made.device, torch.float32)
+        return made
+
+    return apply
 
 
 def checked_bits(name: str, bits: Bits) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ what depends on the bits (the steps) are vectors with an entry for each bit-widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from spos_fast.errors import InputError
 from spos_fast.nn import fused
-from spos_fast.nn.quant_act import Bits, Index, QuantAct, check_name, checked_bits, start_steps
+from spos_fast.nn.quant_act import Bits, Index, QuantAct, check_name, checked_bits, keeping_precision, start_steps
 from spos_fast.nn.sliced import SlicedConv2d
 from spos_fast.ops import BNStats, PackedConv2d, quant_conv2d, quantize_weights, sliced_conv2d
 from spos_fast.ops.quant_codes import ACTIVATION_MODES
@@ -37,7 +38,7 @@ class QuantConv2d(SlicedConv2d):
         act_quantizer: pact, pact_residual, lsq or lsq+.
         per_channel: whether weights have a step (DoReFa: a maximum) for each output channel.
         signed_act: whether the input can be negative (lsq and lsq+ only); otherwise negative values become 0.
-        device, dtype: of the parameters; steps are float32 (float64 for float64).
+        device, dtype: of the parameters; steps are float32 (float64 for float64), and stay so after ``half()``.
 
     Attributes:
         act: the :class:`QuantAct` of the input.
@@ -315,6 +316,12 @@ class QuantConv2d(SlicedConv2d):
     @property
     def _depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantConv2d:
+        step = self.weight_step
+        own = () if step is None else (step, step.grad)
+        kept = keeping_precision(fn)
+        return super()._apply(lambda value: kept(value) if any(value is each for each in own) else fn(value), recurse)
 
     def extra_repr(self) -> str:
         """As ``torch.nn.Conv2d``, and the weights' bits and quantizer."""

@@ -23,6 +23,9 @@ def quantize_model(
 ) -> nn.Module:
     """Replace the convolutions of a model, in place, by quantized ones that share their parameters.
 
+    A convolution that is in several places stays one: it is replaced in all of them, or, if one of its names is
+    skipped, in none.
+
     Args:
         model: any module; only its ``torch.nn.Conv2d`` change, not subclasses of them.
         weight_bits, act_bits: of all of them.
@@ -37,7 +40,8 @@ def quantize_model(
     Raises:
         InputError: nothing to replace, or a name that is none of a convolution's.
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is nn.Conv2d}
+    modules = model.named_modules(remove_duplicate=False)  # every place of a shared one
+    found = {name: module for name, module in modules if type(module) is nn.Conv2d}
     if skip is None:
         skip = list(found)[:1]
     if not callable(skip):
@@ -45,13 +49,18 @@ def quantize_model(
         if unknown:
             raise InputError(f"skip: {', '.join(unknown)}: no convolutions of the model; it has {', '.join(found)}")
     skipped = skip if callable(skip) else lambda name, _: name in skip
-    chosen = {name: module for name, module in found.items() if name and not skipped(name, module)}
-    if not chosen:
+    stay = {module for name, module in found.items() if not name or skipped(name, module)}
+    quantized = {
+        module: QuantConv2d.from_float(module, weight_bits=weight_bits, act_bits=act_bits, **quantizers)
+        for module in found.values()
+        if module not in stay
+    }
+    if not quantized:
         raise InputError("model: has no torch.nn.Conv2d to replace")
-    for name, convolution in chosen.items():
-        parent, _, attribute = name.rpartition(".")
-        quantized = QuantConv2d.from_float(convolution, weight_bits=weight_bits, act_bits=act_bits, **quantizers)
-        setattr(model.get_submodule(parent), attribute, quantized)
+    for name, module in found.items():
+        if module in quantized:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, quantized[module])
     return model
 
 

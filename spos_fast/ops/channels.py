@@ -60,15 +60,15 @@ def check_width(name: str, width: Tensor | None, x: Tensor) -> None:
         )
 
 
-def check_image(name: str, x: Tensor) -> None:
-    """Refuse what is no image."""
+def check_image(name: str, x: Tensor, *, empty_batch: bool = False) -> None:
+    """Refuse what is no image; a batch of none too, unless ``empty_batch``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() != 4:
         raise InputError(f"{name} must be [N, C, H, W], got shape {list(x.shape)}")
-    if x.numel() == 0:
+    if x.numel() == 0 and not (empty_batch and 0 not in x.shape[1:]):
         raise InputError(f"{name} must hold at least one value in each channel, got shape {list(x.shape)}")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spos_fast.errors import InputError
+from spos_fast.ops.channels import check_image
 from spos_fast.ops.integer_conv import Filters, integer_convolution, pack
 from spos_fast.ops.quant_call import as_call
 from spos_fast.ops.quant_codes import quantize_codes
@@ -62,6 +63,7 @@ class PackedConv2d:
             raise InputError("out_scale and out_shift must be given both or not at all")
         arguments = self._arguments | dict(act_index=act_index, scale=scale, shift=shift, statistics=False)
         call = as_call(x, self._weight, self._bias, **arguments)
+        check_image("x", x)
         if self._filters is None or self._size != call.x.shape[1:]:
             most = int(call.act_bits.max())
             self._filters = pack(call.weight, *call.weights, call.settings, most, call.x.shape)

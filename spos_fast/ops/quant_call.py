@@ -176,7 +176,7 @@ def check(call: Call) -> None:
         InputError: shapes, modes or settings that do not fit.
     """
     x, weight, bias = call.x, call.weight, call.bias
-    check_image("x", x)
+    check_image("x", x, empty_batch=not call.statistics)
     parameters = [("weight", weight, 4)] + ([] if bias is None else [("bias", bias, 1)])
     for name, value, dimensions in parameters:
         check_values(name, value)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from spos_fast.ops.batchnorm import bn_moments, bn_moments_reference
 from spos_fast.ops.blocks import BNStats
-from spos_fast.ops.channels import LAST
+from spos_fast.ops.channels import LAST, affine
 from spos_fast.ops.dispatch import LIBRARY, define_op
 from spos_fast.ops.integer_conv import Settings, fake_weights, integer_convolution, pack
 from spos_fast.ops.quant_call import Call, as_call, check
@@ -59,7 +59,7 @@ def quant_conv2d(
     Differentiable once.
 
     Args:
-        x: [N, C, H, W], not empty; float32, float64, float16 or bfloat16. Under autocast it is cast to its dtype.
+        x: [N, C, H, W], N can be 0; float32, float64, float16 or bfloat16. Under autocast it is cast to its dtype.
         weight: [stored out, stored in / groups, kh, kw]; of x's dtype or float32 (float64 for float64).
         bias: None, or [stored out], likewise.
         act_step: [K], float32 (float64 for float64): PACT's clipping level or LSQ's step, an entry for each bit-width.
@@ -73,7 +73,7 @@ def quant_conv2d(
         groups: as for conv2d.
         scale: [channels used], float32 (float64 for float64), applied to x on load; given with ``shift``.
         shift: likewise.
-        statistics: whether to give the batch statistics of the result too.
+        statistics: whether to give the batch statistics of the result too; not of an empty batch.
         in_channels: how many channels of x are used, the first ones; None for all that x has. The weights are sliced
             first and then quantized, so that this is the convolution of the stored slice. With ``groups`` only
             depthwise convolutions (weight [channels, 1, kh, kw]) can be sliced.
@@ -110,8 +110,19 @@ def quant_conv2d(
         in_channels=in_channels,
         out_channels=out_channels,
     )
+    if x.shape[0] == 0:
+        return _of_no_images(call)
     out, mean, m2, *_ = _op(*call)
     return BNStats(out, mean, m2) if statistics else cast(Tensor, out)
+
+
+def _of_no_images(call: Call) -> Tensor:
+    """The op on an empty batch, which its kernels do not take: in plain PyTorch, whose gradients are zeros."""
+    scale, shift, step, bits, index, mode = call.activation
+    values = torch.ops.spos_fast.fake_quant(affine(call.x, scale, shift), step, None, bits, index, mode, False, -1)
+    filters, dtype = fake_weights(call.weight, *call.weights), call.x.dtype
+    bias = None if call.bias is None else call.bias.to(dtype)
+    return _channels_last(functional.conv2d(values.to(dtype), filters.to(dtype), bias, *call.settings))
 
 
 def quant_conv2d_reference(*arguments: Any) -> tuple[Tensor, ...]:

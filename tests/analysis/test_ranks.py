@@ -71,7 +71,7 @@ def test_a_constant_list_has_no_correlation() -> None:
     ones, y = np.ones(5), np.arange(5.0)
     assert np.isnan(kendall_tau(ones, y)) and np.isnan(spearman_rho(ones, y))
     assert np.isnan(partial_kendall_tau(ones, y, [1, 2, 0, 4, 3]))
-    assert np.isnan(tau_interval(ones, y, resamples=5)).all()
+    assert np.isnan(tau_interval(np.ones(20), np.arange(20.0), resamples=5)).all()
 
 
 def test_partial_tau_takes_out_what_the_third_explains() -> None:
@@ -99,6 +99,15 @@ def test_the_interval_is_seeded_and_covers() -> None:
     assert 88 <= inside <= 99
     with pytest.raises(InputError, match="confidence"):
         tau_interval(x, y, confidence=95)
+
+
+def test_few_architectures_have_no_interval() -> None:
+    """A bootstrap over a handful gives ends that mean nothing; from 10 architectures on there are some."""
+    x, y = _pair(10, False, 0)
+    assert np.isfinite(tau_interval(x, y, resamples=50)).all()
+    assert np.isnan(tau_interval(x[:9], y[:9], resamples=50)).all()
+    statistics = rank_statistics(x[:9], y[:9], resamples=50)
+    assert np.isnan(statistics.interval).all() and np.isfinite(statistics.tau)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 8])

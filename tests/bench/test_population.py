@@ -22,4 +22,6 @@ def test_the_table_shows_the_fastest_against_both_peers():
         peer: {name: {"median": place + at / 10} for at, name in enumerate(OURS)} for place, peer in enumerate(PEERS)
     }
     row = {"generation": 5, "seconds": seconds, "times_faster": faster, "bytes_alive": 21e6}
-    assert table([row]).splitlines()[-1] == ("| 5 | 5.00 s | 4.00 s | 3.00 s | 2.00 s | 1.00 s | 0.20 | 1.20 | 21 MB |")
+    assert table([row]).splitlines()[-1] == (
+        "| 5 | 6.00 s | 5.00 s | 4.00 s | 3.00 s | 2.00 s | 1.00 s | 0.30 | 1.30 | 21 MB |"
+    )

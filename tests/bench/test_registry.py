@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import registry
-from bench.cases import blocks, supernet, units
+from bench.cases import blocks, residual, supernet, units
 from bench.environment import ROOT
 from bench.registry import OURS, disagreement
 from spos_fast.spaces import ShuffleNetV2
@@ -47,8 +47,8 @@ def test_unit_peers_compute_what_our_units_do(choice, mode, before, channels, st
 
 
 def test_peers_of_the_blocks_compute_what_they_do():
-    """Every contender of a building block gives the same."""
-    for case in blocks.cases("cpu"):
+    """Every contender of a building block gives the same, gradients too."""
+    for case in [*blocks.cases("cpu"), *residual.cases("cpu")]:
         given = case.inputs(CPU)
         outputs = {name: bind(given)() for name, bind in case.all_contenders(False).items()}
         for name, output in outputs.items():
@@ -122,6 +122,21 @@ def test_bytes_of_the_units_are_the_documented_floor():
     a = 4 * 32 * 32 * 56 * 56
     found = {mode: units.unit_bytes(mode, "k5", 32, 64, 64, 56, 1, 4) / a for mode in units.MODES}
     assert found == {"train": 26.0, "forward": 10.0, "infer": 4.0}
+
+
+def test_the_end_of_a_block_is_measured_forwards_and_backwards():
+    """With both kinds of shortcut; of the backward pass all gradients are compared."""
+    found = residual.cases("cpu")
+    assert {(case.op, case.shape.split()[1]) for case in found} == {
+        ("bn_add_relu", "identity"),
+        ("bn_add_relu", "projected"),
+        ("bn_add_relu forward+backward", "identity"),
+    }
+    for case in found:
+        outputs = registry.tensors_of(case.contenders[OURS](case.inputs(CPU))())
+        assert len(outputs) == (5 if "backward" in case.op else 1)
+        image = outputs[0].numel() * outputs[0].element_size()
+        assert case.bytes == (8 if "backward" in case.op else 3) * image
 
 
 def test_outputs_hold_no_graph():

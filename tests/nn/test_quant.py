@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -175,6 +176,26 @@ def test_model_in_place() -> None:
         quantize_model(nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
+def test_a_shared_convolution_stays_shared() -> None:
+    """One convolution in two places, or in a block that is, becomes one quantized one in all of them; skipped under one
+    of its names it stays in all.
+    """
+
+    def model() -> nn.Sequential:
+        head, block = nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        return nn.Sequential(head, block, block, nn.Sequential(block[0]))
+
+    quantized = quantize_model(model(), weight_quantizer="lsq")
+    places = [quantized[1][0], quantized[2][0], quantized[3][0]]
+    assert isinstance(places[0], QuantConv2d) and places[0] is places[1] is places[2]
+    assert len(list(quantized.parameters())) == 2 + 4  # the plain one's, and weight, bias and two steps
+    for name in ("1.0", "2.0", "3.0"):
+        with pytest.raises(InputError, match=r"no torch\.nn\.Conv2d to replace"):
+            quantize_model(model(), skip=["0", name])
+        kept = quantize_model(model(), skip=lambda each, _, name=name: each == name)
+        assert isinstance(kept[0], QuantConv2d) and type(kept[1][0]) is type(kept[3][0]) is nn.Conv2d
+
+
 def test_first_steps() -> None:
     """Steps start at LSQ's rule for a rectified normal input, and from data for what each quantizer sees."""
     rectified = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu().mean()
@@ -193,17 +214,48 @@ def test_first_steps() -> None:
     assert block.conv2.act.step.item() == pytest.approx(2 * seen.item() / 7**0.5, rel=1e-4)
 
 
-def test_compiled_layer_draws_bits() -> None:
-    """100 random draws of bits as tensors run in at most two graphs, and give eager's bits."""
+@pytest.mark.parametrize("kind", ["tensors", "ints"])
+@pytest.mark.parametrize("name", ["layer", "block"])
+def test_compiled_draws_of_bits(name: str, kind: str) -> None:
+    """100 random draws of bits run in at most two graphs, and give eager's bits: as tensors, or as ints with
+    ``dynamic=True``."""
     from torch._dynamo.testing import CompileCounter
 
-    layer = QuantConv2d(4, 6, 3, padding=1, weight_bits=(1, 2, 3, 4), act_bits=(2, 4))
-    counter, x = CompileCounter(), image(2, 4, 6, 6)
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    quantizers = dict(weight_bits=(1, 2, 3, 4), act_bits=(2, 4))
+    layer, block = QuantConv2d(4, 6, 3, padding=1, **quantizers), QuantBasicBlock(4, 4, 6, **quantizers).eval()
+    model, given = (layer, lambda *bits: bits) if name == "layer" else (block, lambda *bits: ((6, *bits),))
+    counter, x, eager = CompileCounter(), image(2, 4, 6, 6), copy.deepcopy(model)
+    if name == "block":  # as its modules, which is what a compiler sees
+        eager.bn1.register_forward_hook(lambda *_: None)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True if kind == "ints" else None)
     draws = torch.randint(0, 1000, (100, 2), generator=torch.Generator().manual_seed(0)) % torch.tensor([4, 2])
-    for weight_index, act_index in draws:
-        assert torch.equal(compiled(x, weight_index, act_index), layer(x, weight_index, act_index))
+    for draw in draws:
+        bits = given(*(draw.tolist() if kind == "ints" else draw))
+        assert torch.equal(compiled(x, *bits), eager(x, *bits))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_images(training: bool) -> None:
+    """An empty batch passes layers and block as torch.nn's: an empty image, gradients of zero, statistics that stay."""
+    quantizers = dict(weight_bits=(2, 4), act_bits=(2, 4), weight_quantizer="lsq")
+    models: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (QuantBasicBlock(4, 6, 5, 2, **quantizers), (0, 6, 3, 3)),
+        (QuantBasicBlock(4, 4, 4, **quantizers), (0, 4, 6, 6)),
+        (QuantConv2d(4, 8, 3, act_quantizer="lsq+", **quantizers), (0, 8, 4, 4)),
+        (QuantConv2d(4, 4, 3, padding="same", groups=4, **quantizers), (0, 4, 6, 6)),
+    ]
+    for model, shape in models:
+        before = {name: value.clone() for name, value in model.named_buffers() if name.endswith(("mean", "var"))}
+        out = model.train(training)(image(0, 4, 6, 6))
+        assert out.shape == shape
+        out.sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), name
+        for name, value in before.items():
+            assert torch.equal(value, model.get_buffer(name)), name
+    with pytest.raises(InputError, match="x must hold at least one value"):
+        QuantConv2d(4, 4, 3).packed()(image(0, 4, 6, 6))
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,21 @@ def test_export() -> None:
     assert torch.equal(program.module()(other, weight, alpha), Module()(other, weight, alpha))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_images(dtype: torch.dtype, name: str) -> None:
+    """An empty batch gives an empty image of the right size, and zeros for all gradients, as PyTorch's convolution."""
+    given = Given(name, dtype, weight_mode="lsq", per_channel=True)
+    size = given.ours().shape
+    given.tensors["x"] = given.tensors["x"].detach()[:0].requires_grad_()
+    out = given.ours()
+    assert out.shape == (0, *size[1:]) and out.dtype == dtype and out.is_contiguous(memory_format=LAST)
+    out.sum().backward()
+    for key, value in given.tensors.items():
+        if value is not None:
+            assert value.grad.shape == value.shape and not value.grad.any(), key
+
+
 def test_second_derivatives_are_refused() -> None:
     """An error, not a gradient of zero."""
     given = Given()
@@ -363,6 +378,7 @@ def test_second_derivatives_are_refused() -> None:
         (dict(bias=torch.ones(3)), r"bias must be \[12\]"),
         (dict(groups=2), "groups: got 2.*all 18"),
         (dict(x=torch.ones(2, 9, 0, 3)), "x must hold at least one value"),
+        (dict(x=torch.ones(0, 9, 7, 6), statistics=True), "x must hold at least one value"),
         (dict(weight=torch.ones(12, 9, 11, 3)), "x must be as large as the kernel"),
     ],
 )

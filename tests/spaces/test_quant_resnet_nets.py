@@ -136,3 +136,19 @@ def test_plain_network_trains_alone(digits):
     rows = []
     train(net, digits, TrainConfig(steps=60, batch_size=32, lr=0.1, log_every=20), on_metrics=rows.append)
     assert rows[-1].accuracy > 0.5 and rows[-1].loss < rows[0].loss
+
+
+def test_compiled_supernet_draws_bits():
+    """With ``dynamic=True`` 100 paths of random bits, all at one width, run in at most two graphs."""
+    from torch._dynamo.testing import CompileCounter
+
+    space = tiny()
+    net, x, counter = space.supernet().eval(), torch.randn(2, 1, 8, 8), CompileCounter()
+    compiled = torch.compile(net, backend=counter, dynamic=True)
+    generator = np.random.default_rng(0)
+    for position in range(100):
+        genes = [int(generator.integers(len(space.candidates(at)))) if at % 2 == 0 else 1 for at in range(6)]
+        out = compiled(x, space.architecture(genes))
+        if position % 20 == 0:
+            torch.testing.assert_close(out, net(x, space.architecture(genes)), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2

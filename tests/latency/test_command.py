@@ -112,7 +112,7 @@ def test_mistakes_are_refused_before_anything_is_measured(table, tmp_path, capsy
         (["--out", str(tmp_path / "t.json")], "--config"),
         (["--out", str(tmp_path / "t.json"), "--seed", "1"], "--config"),
         (["--out", str(tmp_path / ("t" * 300)), *SPACE], "could not be written"),
-        (["--out", str(tmp_path / ("t" * 220)), *SPACE], "could not be written"),
+        (["--out", str(tmp_path / ("t" * 250)), *SPACE], "could not be written"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--threads", "100000000000"], "threads"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--rounds", "0"], "rounds"),
         (["--out", str(tmp_path / "t.json"), *SPACE, "--networks", "1"], "--networks"),

@@ -82,8 +82,8 @@ class Evaluator:
         stacked: whether architectures that run the same block on different inputs run it in one call; None is yes on
             GPUs, where one small batch does not fill the device, and no on CPUs.
         workers: threads that score a part of the architectures each, on CPUs; None is as many as PyTorch has, as far as
-            each gets 8 architectures and ``memory`` has room, and 1 where blocks run as modules, with normalisation
-            layers that only one path at a time can use, or under autocast.
+            each gets 8 architectures and ``memory`` has room, and 1 where blocks run as modules (with normalisation
+            layers that only one path at a time can use), with a classifier of your own, or under autocast.
         early_stopping: drops hopeless candidates between batches of validation, and learns the scores of every call;
             images then come in a random order that never changes. None: all candidates see all images.
 
@@ -257,10 +257,15 @@ class Evaluator:
     def _most_workers(self, parts: Parts) -> int:
         """How many threads may walk these parts."""
         pixels = self.calibration.pixels
-        fused_only = fused.has_kernel("pw_bnstats", pixels) and all(
-            part.fuses for level in parts.levels for part in level
-        )
-        if pixels.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not fused_only:
+        if (
+            pixels.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+            or not fused.has_kernel("pw_bnstats", pixels)
+        ):
+            return 1
+        if not fused.takes(self._few_images().contiguous(memory_format=torch.channels_last)):
+            return 1
+        if not all(part.fuses for level in parts.levels for part in level) or not _plain_classifier(self.net):
             return 1
         threads = torch.get_num_threads()
         return threads if self.workers is None else min(self.workers, threads)
@@ -400,6 +405,14 @@ class _Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._classify(x)
+
+
+def _plain_classifier(net: Supernet) -> bool:
+    """Whether the classifier is made of layers that several threads can run at once, with nobody looking on."""
+    kinds = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity, nn.Flatten)
+    layers = [*net.dropout.modules(), *net.classifier.modules()]
+    plain = all(type(layer) in kinds and not fused.changed(layer) for layer in layers)
+    return plain and type(net).classify is Supernet.classify and "classify" not in vars(net)
 
 
 @contextmanager

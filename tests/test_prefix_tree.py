@@ -143,6 +143,49 @@ def test_a_worker_that_fails_ends_the_others(images, monkeypatch, four_threads):
     assert evaluator(archs) == before
 
 
+@pytest.mark.parametrize("images_left", [7, 256])
+def test_bits_do_not_depend_on_threads_behind_the_last_block(images_left):
+    """A wide head and many classes, where PyTorch's own ops round as the number of threads has it."""
+    space = ShuffleNetV2(
+        input_size=16, num_classes=1000, stem_channels=8, stage_channels=(16, 32), stage_repeats=(2, 2),
+        stage_strides=(1, 2), head_channels=1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net, archs = space.supernet(), _archs(space, 20)
+    pixels, labels = torch.randint(0, 256, (256, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 1000, (256,))
+    normalization = data.Normalization((0.5,) * 3, (0.25,) * 3)
+    calibration = data.Images(pixels[:40], labels[:40], normalization)
+    validation = data.Images(pixels[:images_left], labels[:images_left], normalization)
+    before, scores = torch.get_num_threads(), []
+    try:
+        for threads, workers in ((1, 1), (2, 1), (2, None), (4, 1), (4, None)):
+            torch.set_num_threads(threads)
+            scores.append(Evaluator(net, calibration, validation, workers=workers)(archs))
+    finally:
+        torch.set_num_threads(before)
+    assert scores[1:] == scores[:1] * 4
+
+
+def test_what_several_threads_cannot_run_keeps_one_worker(images, monkeypatch, four_threads):
+    """A classifier of the user's own, and hooks on all modules."""
+    space = _space()
+    net, archs = space.supernet(), _archs(space, 40)
+
+    class Own(nn.Linear):
+        pass
+
+    plain = net.classifier
+    net.classifier = Own(32, 10)
+    assert _threads_of(monkeypatch, Evaluator(net, *images), archs)[1] == [4]
+    net.classifier = plain
+    assert _threads_of(monkeypatch, Evaluator(net, *images), archs)[1] == [1, 1, 1, 1]
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert _threads_of(monkeypatch, Evaluator(net, *images), archs)[1] == [4]
+    finally:
+        hook.remove()
+
+
 def test_blocks_that_run_as_modules_keep_one_worker(images, monkeypatch, four_threads):
     """Their normalisation layers have one set of buffers."""
     space = _space()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from spos_fast.errors import InputError
 from spos_fast.nn import fused
 from spos_fast.nn.observation import observing
 from spos_fast.nn.units import Unit
+from spos_fast.threads import one_thread
 
 # A module that lends its buffers to one path can run in one thread at a time.
 _lending = threading.RLock()
@@ -234,9 +235,13 @@ class HeadPart(Part):
             return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
         logits = []
         for x, given in zip(inputs, statistics, strict=True):
-            z = functional.conv2d(x, convolution.weight)
+            # On the CPU bits must not depend on how many threads there are, as oneDNN's and MKL's do.
+            on_cpu = x.device.type == "cpu"
+            z = ops.pw_bnstats(x, convolution.weight).z if on_cpu else functional.conv2d(x, convolution.weight)
             scale, shift = cast(Tensor, given.scale), cast(Tensor, given.shift)
-            logits.append(self.classifier(ops.bn_normalize(z, scale[None], shift[None], relu=True)))
+            y = ops.bn_normalize(z, scale[None], shift[None], relu=True)
+            with one_thread() if on_cpu else nullcontext():
+                logits.append(self.classifier(y))
         return logits
 
 

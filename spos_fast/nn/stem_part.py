@@ -45,6 +45,8 @@ class StemPart(Part):
         norm = cast("nn.BatchNorm2d", module[1])
         if norm.running_mean is None or any(map(fused.changed, (module, *module))):
             return False
+        if len(module) == 4 and module[3].dilation not in (1, (1, 1)):  # a window can lie in the padding alone
+            return False
         return len(module) == 3 or not (norm.affine and bool((norm.weight <= 0).any()))
 
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:

@@ -130,3 +130,11 @@ def test_a_negative_scale_before_pooling_is_not_taken() -> None:
         module[1].weight[3] = -1
     assert not StemPart.takes(module)
     assert StemPart.takes(module[:3])
+
+
+def test_windows_that_can_lie_in_padding_run_as_modules():
+    """Dilated pooling: minus infinity would become 0 behind the ReLU."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2, 1, 1, dilation=2)]
+    assert not StemPart.takes(nn.Sequential(*layers))
+    layers[3] = nn.MaxPool2d(2, 1, 1)
+    assert StemPart.takes(nn.Sequential(*layers))

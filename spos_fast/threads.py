@@ -37,6 +37,7 @@ def side_by_side(tasks: Sequence[Callable[[Callable[[], None]], Result]], thread
             raise _Stopped
 
     def run(task: Callable[[Callable[[], None]], Result]) -> Result:
+        torch.get_num_threads()  # a thread takes over PyTorch's number when it first asks, even if it has set its own
         torch.set_num_threads(threads)
         started.release()
         with torch.no_grad():  # a new thread begins with gradients

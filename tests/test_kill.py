@@ -63,8 +63,8 @@ FLAGS = [
     "--space.stem_channels", "8", "--space.stage_channels", "16,32", "--space.stage_repeats", "2,2",
     "--space.stage_strides", "1,2", "--space.head_channels", "32",
     "--train.steps", "90", "--train.batch_size", "32", "--train.log_every", "3", "--train.checkpoint_seconds", "0.05",
-    "--search.population", "10", "--search.generations", "3", "--search.crossover", "5", "--search.mutation", "5",
-    "--search.top_k", "4", "--search.calibration_images", "256", "--search.calibration_batch", "64",
+    "--search.population", "10", "--search.generations", "8", "--search.crossover", "5", "--search.mutation", "5",
+    "--search.top_k", "4", "--search.calibration_images", "512", "--search.calibration_batch", "64",
     "--retrain.steps", "20", "--retrain.batch_size", "32", "--retrain.log_every", "3",
     "--retrain.checkpoint_seconds", "0.05", "--retrain.random_architectures", "0", "--retrain.bn_steps", "2",
 ]  # fmt: skip

@@ -39,13 +39,17 @@ PROGRAM = textwrap.dedent("""
     assert os.waitpid(child(f"{root}/alone"), 0)[1] == 0
     whole = time.monotonic() - begun
     rng, hit, number = random.Random(0), [], 0
-    while len(hit) < kills:
+
+    def enough():  # a short stage may need more than the usual number to be hit
+        return len(hit) >= kills and ({"train", "search"} <= set(hit) or len(hit) >= 4 * kills)
+
+    while not enough():
         folder, finished = f"{root}/killed_{number}", False
         number += 1
         while not finished:
             pid = child(folder)
             end = time.monotonic() + rng.uniform(0.0, whole / 2)
-            while not finished and (len(hit) >= kills or time.monotonic() < end):
+            while not finished and (enough() or time.monotonic() < end):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     assert status == 0, f"attempt ended with {status}"
@@ -107,7 +111,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert len(told["hit"]) == KILLS and {"train", "search"} <= set(told["hit"]), told
+    assert len(told["hit"]) >= KILLS and {"train", "search"} <= set(told["hit"]), told
     expected = _numbers(tmp_path / "alone")
     assert len(expected) > 15 and "search/candidates.jsonl" in expected and "supernet/checkpoint.pt" in expected
     for number in range(told["folders"]):

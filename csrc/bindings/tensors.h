@@ -37,6 +37,7 @@ Kernels blocks_kernels();
 Kernels blocks_cuda_kernels();
 Kernels quantization_cuda_kernels();
 #endif
+Kernels integer_conv_kernels();
 Kernels quant_kernels();
 Kernels unit_infer_kernels();
 Kernels units_kernels();

@@ -15,10 +15,12 @@ namespace {
 std::vector<Kernels> families() {
     using namespace spos::bindings;
     return {
-        batchnorm_kernels(),   bn_add_relu_kernels(),       bn_states_kernels(), blocks_kernels(),
-        quant_kernels(),       unit_infer_kernels(),        units_kernels(),
+        batchnorm_kernels(),    bn_add_relu_kernels(),
+        bn_states_kernels(),    blocks_kernels(),
+        integer_conv_kernels(), quant_kernels(),
+        unit_infer_kernels(),   units_kernels(),
 #ifdef SPOS_FAST_WITH_CUDA
-        blocks_cuda_kernels(), quantization_cuda_kernels(),
+        blocks_cuda_kernels(),  quantization_cuda_kernels(),
 #endif
     };
 }

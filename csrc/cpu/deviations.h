@@ -15,23 +15,23 @@ namespace spos::cpu {
 // Of each pack: pivot, sum of deviations, sum of their squares.
 constexpr int64_t kDeviations = 3 * kPack;
 
-// Adds kCount values of one pack of channels; the first ones also make the pivot.
-template <int kCount, int kStep = 1, typename Pack, typename A>
-SPOS_SIMD_INLINE void add_deviations(const Pack* values, A* to, bool fresh) {
+// Adds `count` values of one pack of channels, `step` apart; the first ones also make the pivot.
+template <typename Pack, typename A>
+SPOS_SIMD_INLINE void add_deviations(const Pack* values, int64_t count, int64_t step, A* to, bool fresh) {
     Pack pivot, sum, square;
     if (fresh) {
         pivot = values[0];
 #pragma GCC unroll 16
-        for (int i = 1; i < kCount; ++i) pivot += values[i * kStep];
-        pivot /= static_cast<A>(kCount);
+        for (int64_t i = 1; i < count; ++i) pivot += values[i * step];
+        pivot /= static_cast<A>(count);
         store_pack(to, pivot);
         sum = square = Pack{};
     } else {
         pivot = load_pack(to), sum = load_pack(to + kPack), square = load_pack(to + 2 * kPack);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-        const Pack d = values[i * kStep] - pivot;
+    for (int64_t i = 0; i < count; ++i) {
+        const Pack d = values[i * step] - pivot;
         sum += d;
         square += d * d;
     }

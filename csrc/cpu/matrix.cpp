@@ -38,7 +38,7 @@ SPOS_SIMD_INLINE void tile(const Product<A>& p, const A* a, const A* start, A* c
     }
     if (p.deviations)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) add_deviations<R, N>(&sum[0][j], p.deviations + j * kDeviations, fresh);
+        for (int j = 0; j < N; ++j) add_deviations(&sum[0][j], R, N, p.deviations + j * kDeviations, fresh);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4

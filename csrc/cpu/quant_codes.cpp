@@ -116,13 +116,18 @@ SPOS_BLOCKS(Half, float)
 SPOS_BLOCKS(BFloat16, float)
 #undef SPOS_BLOCKS
 
+// That stay in the first-level cache.
+int64_t block_of(int64_t channels) {
+    return std::clamp<int64_t>(8192 / channels, 8, 64);
+}
+
 // Pixels in tasks, and those in blocks, by the shape alone.
 struct Pixels {
     int64_t pixels, block, per_task, tasks;
 
     Pixels(int64_t pixels, int64_t channels)
         : pixels(pixels),
-          block(std::clamp<int64_t>(8192 / channels, 8, 64)),
+          block(block_of(channels)),
           per_task(divide_up(std::max<int64_t>(1, kTaskElements / channels), block) * block),
           tasks(divide_up(pixels, per_task)) {}
 
@@ -131,19 +136,6 @@ struct Pixels {
     void each_block(int64_t task, Body body) const {
         const int64_t end = std::min(pixels, (task + 1) * per_task);
         for (int64_t first = task * per_task; first < end; first += block) body(first, std::min(block, end - first));
-    }
-};
-
-// The scale and shift, or one and zero, up to whole packs.
-template <typename A>
-struct Prologue {
-    Lines<A> scale, shift;
-
-    Prologue(int64_t channels, const void* scale_values, const void* shift_values)
-        : scale(whole_packs(channels), A(1)), shift(whole_packs(channels), A(0)) {
-        if (!scale_values) return;
-        std::copy_n(static_cast<const A*>(scale_values), channels, scale.begin());
-        std::copy_n(static_cast<const A*>(shift_values), channels, shift.begin());
     }
 };
 
@@ -158,10 +150,9 @@ bool forward(const void* x, int64_t pixels, int64_t channels, const void* scale,
     parallel_for(split.tasks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task)
             split.each_block(task, [&](int64_t first, int64_t count) {
-                const A bad =
-                    code_block(static_cast<const T*>(x) + first * channels, count, channels, prologue.scale.data(),
-                               prologue.shift.data(), size, A(quantizer.high), codes + first * channels);
-                if (bad != bad) numbers = false;
+                if (!quantize_pixels(static_cast<const T*>(x) + first * channels, count, prologue, quantizer, size,
+                                     codes + first * channels))
+                    numbers = false;
             });
     });
     return numbers;
@@ -201,6 +192,22 @@ void backward(const void* grad, const void* x, int64_t pixels, int64_t channels,
 }
 
 }  // namespace
+
+#define SPOS_PIXELS(T, A)                                                                                             \
+    bool quantize_pixels(const T* x, int64_t pixels, const Prologue<A>& prologue, const Quantizer& quantizer, A step, \
+                         uint8_t* codes) {                                                                            \
+        const int64_t channels = prologue.channels, block = block_of(channels);                                       \
+        A bad = 0;                                                                                                    \
+        for (int64_t first = 0; first < pixels; first += block)                                                       \
+            bad += code_block(x + first * channels, std::min(block, pixels - first), channels, prologue.scale.data(), \
+                              prologue.shift.data(), step, A(quantizer.high), codes + first * channels);              \
+        return bad == bad;                                                                                            \
+    }
+SPOS_PIXELS(float, float)
+SPOS_PIXELS(double, double)
+SPOS_PIXELS(Half, float)
+SPOS_PIXELS(BFloat16, float)
+#undef SPOS_PIXELS
 
 bool quantize_codes(DType dtype, const void* x, int64_t pixels, int64_t channels, const void* scale, const void* shift,
                     const Quantizer& quantizer, const void* step, uint8_t* codes, const ParallelFor& parallel_for) {

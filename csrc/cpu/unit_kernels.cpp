@@ -88,7 +88,7 @@ SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, 
 
 template <typename Pack, typename A>
 SPOS_SIMD_INLINE void store_pixel(const Pack& value, const PixelPacks<A>& out) {
-    if (out.deviations) add_deviations<1>(&value, out.deviations, out.fresh);
+    if (out.deviations) add_deviations(&value, 1, 1, out.deviations, out.fresh);
     store_pack(out.to, value);
 }
 
@@ -114,7 +114,7 @@ SPOS_SIMD_INLINE void depthwise_tile(const A* const* rows, int64_t offset, int64
         }
     }
     if (used >= kWidth) {
-        if (out.deviations) add_deviations<kWidth>(sum, out.deviations, out.fresh);
+        if (out.deviations) add_deviations(sum, kWidth, 1, out.deviations, out.fresh);
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) store_pack(out.to + i * out.pitch, sum[i]);
     } else {

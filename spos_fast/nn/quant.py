@@ -16,7 +16,7 @@ from spos_fast.nn.quant_act import Bits, Index, QuantAct
 from spos_fast.nn.quant_conv import QuantConv2d
 from spos_fast.nn.quantize_model import initialize_steps, quantize_model
 from spos_fast.nn.sliced import SlicedBatchNorm2d
-from spos_fast.ops import BNStats, PackedConv2d, bn_add_relu, bn_moments
+from spos_fast.ops import BNStats, PackedConv2d, bn_add_relu
 from spos_fast.ops.unit_layers import statistics_dtype
 
 __all__ = ["QuantAct", "QuantBasicBlock", "QuantConv2d", "fold", "initialize_steps", "quantize_model"]
@@ -161,8 +161,8 @@ class PackedBasicBlock:
             widths = [self._mid, *(norm.num_features for norm in self.norms[1:])]
             folded = [fold_running(norm, width) for norm, width in zip(self.norms, widths, strict=True)]
         index, (scale, shift) = self._act_index, folded[0]
-        y = self._second(self._first(x, index), index, scale=scale, shift=shift)
-        return self._end(x if self._shortcut is None else self._shortcut(x, index), y, folded[1:])
+        y = cast(Tensor, self._second(cast(Tensor, self._first(x, index)), index, scale=scale, shift=shift))
+        return self._end(x if self._shortcut is None else cast(Tensor, self._shortcut(x, index)), y, folded[1:])
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], int]:
@@ -176,27 +176,20 @@ class PackedBasicBlock:
             them share.
         """
         index = self._act_index
-        z = self._first(x, index)
-        count = z.numel() // z.shape[1]
-        statistics = [_statistics(z, count)]
-        scale, shift = _scale_and_shift(self.norms[0], *statistics[0])
-        y = self._second(z, index, scale=scale, shift=shift)
-        residual = x if self._shortcut is None else self._shortcut(x, index)
-        statistics += [_statistics(each, count) for each in (y, residual)[: len(self.norms) - 1]]
-        pairs = zip(self.norms[1:], statistics[1:], strict=True)
-        out = self._end(residual, y, [_scale_and_shift(norm, mean, var) for norm, (mean, var) in pairs])
-        return out, [mean for mean, _ in statistics], [var for _, var in statistics], count
+        first = cast(BNStats, self._first(x, index, statistics=True))
+        count = first.z.numel() // first.z.shape[1]
+        scale, shift = _scale_and_shift(self.norms[0], first.mean, first.m2 / count)
+        made = [first, cast(BNStats, self._second(first.z, index, scale=scale, shift=shift, statistics=True))]
+        if self._shortcut is not None:
+            made.append(cast(BNStats, self._shortcut(x, index, statistics=True)))
+        mean, var = [each.mean for each in made], [each.m2 / count for each in made]
+        folded = [_scale_and_shift(*given) for given in zip(self.norms[1:], mean[1:], var[1:], strict=True)]
+        return self._end(made[2].z if len(made) == 3 else x, made[1].z, folded), mean, var, count
 
     def _end(self, residual: Tensor, y: Tensor, folded: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         values = [value[None] for pair in folded for value in pair]
         beside = (values[2], values[3]) if len(values) == 4 else (None, None)
         return bn_add_relu(y, values[0], values[1], residual, *beside)
-
-
-def _statistics(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (divided by the count) of z's channels."""
-    mean, m2 = bn_moments(z)
-    return mean[0], m2[0] / count
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:

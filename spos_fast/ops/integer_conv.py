@@ -1,20 +1,24 @@
-"""Convolution of unsigned codes of activations with signed codes of weights, by oneDNN on the CPU.
+"""Convolution of unsigned codes of activations with signed codes of weights, on the CPU.
 
-Products and sums are of integers and exact; one multiplication by the product of the steps gives the result. oneDNN
-wants weights in an order of its own: :func:`pack` brings them there, once for as many convolutions as use them.
+Products and sums are of integers and exact; one multiplication by the product of the steps gives the result. What runs
+it wants weights in an order of its own: :func:`pack` brings them there, once for as many convolutions as use them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spos_fast.ops.quant_codes import weight_codes
+from spos_fast.ops.batchnorm import bn_moments
+from spos_fast.ops.channels import LAST
+from spos_fast.ops.dispatch import OPS
+from spos_fast.ops.integer_conv2d import integer_conv2d, pack_codes
+from spos_fast.ops.quant_codes import quantize_codes, weight_codes
 from spos_fast.ops.unit_layers import statistics_dtype
 
 
@@ -27,20 +31,24 @@ class Settings(NamedTuple):
     groups: int
 
 
+# How activations are quantized, the arguments of quantize_codes behind x: scale, shift, step, bits, index, mode.
+Activation = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, str]
+
+
 class Filters(NamedTuple):
-    """Quantized weights as :func:`integer_convolution` takes them.
+    """Quantized weights as :func:`quantized_convolution` takes them.
 
     Attributes:
-        packed: codes in oneDNN's order; None where codes do not do.
-        values: then the fake-quantized weights, float32 or float64; else empty.
+        values: codes in the order of ``runs``; for "floats" the fake-quantized weights, float32 or float64.
         scale: [C_out], float32: the weights' steps.
         settings: of the convolution.
+        runs: "fused" (integer_conv2d), "onednn" or "floats".
     """
 
-    packed: Tensor | None
     values: Tensor
     scale: Tensor
     settings: Settings
+    runs: str
 
 
 @functools.cache
@@ -51,6 +59,13 @@ def available() -> bool:
         and torch.cpu._is_avx2_supported()
         and hasattr(torch.ops.onednn, "qconv2d_pointwise")
     )
+
+
+@functools.cache
+def fuses() -> bool:
+    """Whether integer_conv2d is the fastest here. oneDNN has AMX, which multiplies eight times as much at once."""
+    built = OPS["integer_conv2d"].choices["cpu"].kernel == "native"
+    return built and torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache
@@ -92,46 +107,105 @@ def pack(
     """
     wide = statistics_dtype(weight)
     fits = mode == "lsq" or int(bits[index]) < 8  # DoReFa's codes are the odd numbers from 1 - 2^k to 2^k - 1
-    if not (available() and fits and act_bits <= most_activation_bits() and wide == torch.float32):
+    fits &= act_bits <= most_activation_bits() and wide == torch.float32
+    fused = fits and fuses() and _suits(weight, settings)
+    if not (fused or (fits and available())):
         values = fake_weights(weight, step, bits, index, mode, per_channel).to(wide)
-        return Filters(None, values, values.new_ones(len(weight)), settings)
+        return Filters(values, values.new_ones(len(weight)), settings, "floats")
     codes, scale = weight_codes(weight, step, bits, index, mode, per_channel)
+    if fused:
+        return Filters(pack_codes(codes), scale, settings, "fused")
     neutral = scale.new_ones(1)  # the real ones, which depend on the activations, come with each call
     packed = torch.ops.onednn.qconv_prepack(codes, neutral, 1.0, 0, *settings, size)
-    return Filters(packed, scale.new_empty(0), scale, settings)
+    return Filters(packed, scale, settings, "onednn")
 
 
-def integer_convolution(
+def _suits(weight: Tensor, settings: Settings) -> bool:
+    """Whether integer_conv2d takes such weights, and no sum of theirs overflows."""
+    out, channels = weight.shape[:2]
+    whole = out % 16 == 0 and channels % 4 == 0 and weight[0].numel() * 255 * 128 < 2**31
+    return whole and settings.groups == 1 and all(distance == 1 for distance in settings.dilation)
+
+
+def quantized_convolution(
+    x: Tensor,
+    activation: Activation,
+    filters: Filters,
+    bias: Tensor | None,
+    *,
+    out_scale: Tensor | None = None,
+    relu: bool = False,
+    statistics: bool = False,
+    keep_codes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Convolution of quantized x with quantized weights, times a scale a channel, plus the bias, maybe clipped.
+
+    Args:
+        x: [N, C, H, W], not empty.
+        activation: how it is quantized.
+        filters: the weights.
+        bias: [C_out] or None.
+        out_scale: [C_out] of the step's dtype or None, as of a batch norm behind; costs nothing on integers.
+        relu: whether to clip the result at 0.
+        statistics: whether the result's moments are wanted.
+        keep_codes: whether the activations' codes are wanted.
+
+    Returns:
+        out: [N, C_out, H', W'], dtype of x, channels last.
+        mean, m2: [C_out]; empty without ``statistics``.
+        codes: uint8 [N, C, H, W], channels last; only promised with ``keep_codes``.
+        step: [], that of the activations, or NaN if a NaN was quantized.
+    """
+    dtype = activation[2].dtype
+    bias = None if bias is None else bias.to(dtype)
+    if filters.runs == "fused":
+        steps = filters.scale if out_scale is None else filters.scale * out_scale
+        stride, padding = filters.settings.stride, filters.settings.padding
+        made = integer_conv2d(
+            x, *activation, filters.values, steps, bias, stride, padding, relu, statistics, keep_codes
+        )
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", made)
+    codes, step = quantize_codes(x, *activation)
+    run = _on_floats if filters.runs == "floats" else _by_onednn
+    out = channels_last(run(codes, step, filters, bias, x.dtype, out_scale, relu).to(x.dtype))
+    if not statistics:
+        empty = out.new_empty(0, dtype=statistics_dtype(out))
+        return out, empty, empty.clone(), codes, step
+    mean, m2 = bn_moments(out, 1)
+    return out, mean[0], m2[0], codes, step
+
+
+def _on_floats(
+    codes: Tensor, step: Tensor, filters: Filters, bias: Tensor | None, _: torch.dtype, scale: Tensor | None, relu: bool
+) -> Tensor:
+    values = codes.to(step.dtype).mul_(step)
+    weight = filters.values if scale is None else filters.values * scale[:, None, None, None]
+    out = functional.conv2d(values, weight, bias, *filters.settings)
+    return out.relu_() if relu else out
+
+
+def _by_onednn(
     codes: Tensor,
     step: Tensor,
     filters: Filters,
     bias: Tensor | None,
     dtype: torch.dtype,
-    scale: Tensor | None = None,
-    relu: bool = False,
+    scale: Tensor | None,
+    relu: bool,
 ) -> Tensor:
-    """Convolution of ``step * codes`` with quantized weights, times a scale a channel, plus the bias, maybe clipped.
-
-    Args:
-        codes: uint8 [N, C, H, W], channels last.
-        step: [], float32 (float64).
-        filters: the weights.
-        bias: [C_out] or None.
-        dtype: of the result.
-        scale: [C_out] of step's dtype or None, as of a batch norm behind; costs nothing on integers.
-        relu: whether to clip the result at 0.
-    """
-    bias = None if bias is None else bias.to(step.dtype)
-    settings = filters.settings
-    if filters.packed is None:
-        values = codes.to(step.dtype).mul_(step)
-        weight = filters.values if scale is None else filters.values * scale[:, None, None, None]
-        out = functional.conv2d(values, weight, bias, *settings)
-        return (out.relu_() if relu else out).to(dtype)
     made = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     steps, zero = filters.scale * step, torch.zeros_like(filters.scale, dtype=torch.int32)
     steps = steps if scale is None else steps * scale
-    out = torch.ops.onednn.qconv2d_pointwise(
-        codes, 1.0, 0, filters.packed, steps, zero, bias, *settings, 1.0, 0, made, "relu" if relu else "none", [], ""
+    behind = "relu" if relu else "none"
+    out: Tensor = torch.ops.onednn.qconv2d_pointwise(
+        codes, 1.0, 0, filters.values, steps, zero, bias, *filters.settings, 1.0, 0, made, behind, [], ""
     )
-    return out.to(dtype)
+    return out
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """With the strides of channels last in all dimensions, also in those of size 1."""
+    _, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=LAST).copy_(x)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from spos_fast.errors import InputError
+from spos_fast.ops.blocks import BNStats
 from spos_fast.ops.channels import check_image
-from spos_fast.ops.integer_conv import Filters, integer_convolution, pack
+from spos_fast.ops.integer_conv import Filters, pack, quantized_convolution
 from spos_fast.ops.quant_call import as_call
-from spos_fast.ops.quant_codes import quantize_codes
 
 
 class PackedConv2d:
@@ -43,7 +43,8 @@ class PackedConv2d:
         out_scale: Tensor | None = None,
         out_shift: Tensor | None = None,
         relu: bool = False,
-    ) -> Tensor:
+        statistics: bool = False,
+    ) -> Tensor | BNStats:
         """The convolution of x, between two batch norms.
 
         Args:
@@ -52,9 +53,10 @@ class PackedConv2d:
             scale, shift: [channels used], of the batch norm in front, applied to x on load; or None.
             out_scale, out_shift: [C_out], of the batch norm behind, which then costs nothing; or None.
             relu: whether to clip the result at 0.
+            statistics: whether to give the batch statistics of the result too.
 
         Returns:
-            [N, C_out, H', W'], dtype of x, channels last.
+            [N, C_out, H', W'], dtype of x, channels last; with ``statistics`` (z, mean, m2), see :class:`BNStats`.
 
         Raises:
             TypeError, InputError: as :func:`spos_fast.ops.quant_conv2d`.
@@ -68,8 +70,16 @@ class PackedConv2d:
             most = int(call.act_bits.max())
             self._filters = pack(call.weight, *call.weights, call.settings, most, call.x.shape)
             self._size = call.x.shape[1:]
-        codes, step = quantize_codes(call.x, *call.activation)
         bias = call.bias if out_scale is None or call.bias is None else call.bias * out_scale
         if out_shift is not None:
             bias = out_shift if bias is None else bias + out_shift
-        return integer_convolution(codes, step, self._filters, bias, x.dtype, out_scale, relu)
+        out, mean, m2, *_ = quantized_convolution(
+            call.x,
+            call.activation,
+            self._filters,
+            bias,
+            out_scale=out_scale,
+            relu=relu,
+            statistics=statistics,
+        )
+        return BNStats(out, mean, m2) if statistics else out

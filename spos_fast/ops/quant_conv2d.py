@@ -1,8 +1,8 @@
 """Convolution of quantized activations with quantized weights, on their integer codes where that is exact.
 
 The input is quantized as it is loaded, with the batch norm in front of it as a scale and a shift; the quantizer's lower
-end, 0, is the ReLU. What autograd keeps of it are codes of 8 bits. On the CPU the convolution is oneDNN's on integers,
-whose sums are exact; they are scaled once, by the product of the steps.
+end, 0, is the ReLU. What autograd keeps of it are codes of 8 bits. On the CPU the convolution is one on integers, whose
+sums are exact; they are scaled once, by the product of the steps.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spos_fast.ops.batchnorm import bn_moments, bn_moments_reference
+from spos_fast.ops.batchnorm import bn_moments_reference
 from spos_fast.ops.blocks import BNStats
 from spos_fast.ops.channels import LAST, affine
 from spos_fast.ops.dispatch import LIBRARY, define_op
-from spos_fast.ops.integer_conv import Settings, fake_weights, integer_convolution, pack
+from spos_fast.ops.integer_conv import (
+    Settings,
+    channels_last,
+    fake_weights,
+    pack,
+    quantized_convolution,
+)
 from spos_fast.ops.quant_call import Call, as_call, check
-from spos_fast.ops.quant_codes import quantize_codes, quantize_codes_backward, quantize_codes_reference
+from spos_fast.ops.quant_codes import quantize_codes_backward, quantize_codes_reference
 from spos_fast.ops.sliced import Pair
 from spos_fast.ops.unit_layers import statistics_dtype
 
@@ -122,7 +128,7 @@ def _of_no_images(call: Call) -> Tensor:
     values = torch.ops.spos_fast.fake_quant(affine(call.x, scale, shift), step, None, bits, index, mode, False, -1)
     filters, dtype = fake_weights(call.weight, *call.weights), call.x.dtype
     bias = None if call.bias is None else call.bias.to(dtype)
-    return _channels_last(functional.conv2d(values.to(dtype), filters.to(dtype), bias, *call.settings))
+    return channels_last(functional.conv2d(values.to(dtype), filters.to(dtype), bias, *call.settings))
 
 
 def quant_conv2d_reference(*arguments: Any) -> tuple[Tensor, ...]:
@@ -139,34 +145,26 @@ def quant_conv2d_reference(*arguments: Any) -> tuple[Tensor, ...]:
     codes, step = quantize_codes_reference(call.x, *call.activation)
     values, filters = codes.to(step.dtype) * step, fake_weights(call.weight, *call.weights).to(step.dtype)
     bias = None if call.bias is None else call.bias.to(step.dtype)
-    out = _channels_last(functional.conv2d(values, filters, bias, *call.settings).to(call.x.dtype))
-    return out, *_moments(out, call.statistics, bn_moments_reference), codes, step
+    out = channels_last(functional.conv2d(values, filters, bias, *call.settings).to(call.x.dtype))
+    return out, *_moments(out, call.statistics), codes, step
 
 
 def _on_codes(*arguments: Any) -> tuple[Tensor, ...]:
     """The kernel on the CPU: codes, and a convolution on them."""
     call = Call(*arguments)
-    codes, step = quantize_codes(call.x, *call.activation)
     filters = pack(call.weight, *call.weights, call.settings, int(call.act_bits[call.act_index]), call.x.shape)
-    out = _channels_last(integer_convolution(codes, step, filters, call.bias, call.x.dtype))
-    return out, *_moments(out, call.statistics, bn_moments), codes, step
+    return quantized_convolution(
+        call.x, call.activation, filters, call.bias, statistics=call.statistics, keep_codes=True
+    )
 
 
-def _moments(out: Tensor, statistics: bool, moments: Any) -> tuple[Tensor, Tensor]:
+def _moments(out: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
     """Mean and m2, [C]; empty if nobody wants them."""
     if not statistics:
         empty = out.new_empty(0, dtype=statistics_dtype(out))
         return empty, empty.clone()
-    mean, m2 = moments(out, 1)
+    mean, m2 = bn_moments_reference(out, 1)
     return mean[0], m2[0]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """With the strides of channels last in all dimensions, also in those of size 1."""
-    _, c, h, w = x.shape
-    if x.stride() == (h * w * c, 1, w * c, c):
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=LAST).copy_(x)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -192,7 +190,7 @@ _op = define_op(
     fake=_fake,
     triton="spos_fast.kernels.quant_conv:quant_conv2d",
     triton_note="convolutions with groups by PyTorch's, on codes as floats",
-    cpu=(_on_codes, "oneDNN's convolution on the codes"),
+    cpu=(_on_codes, "integer_conv2d, or oneDNN's convolution on the codes"),
     autocast=(0,),
 )
 

@@ -124,11 +124,45 @@ def _weight_codes() -> list[Arguments]:
     return found
 
 
+def _pack_codes() -> list[Arguments]:
+    generator = torch.Generator().manual_seed(17)
+    shapes = ((16, 4, 1, 1), (48, 20, 3, 2), (32, 64, 3, 3))
+    return [(torch.randint(-128, 128, shape, generator=generator).to(torch.int8),) for shape in shapes]
+
+
+def _integer_conv2d() -> list[Arguments]:
+    found: list[Arguments] = []
+    generator = torch.Generator().manual_seed(18)
+    # N, C, H, W, O, kernel, stride, padding
+    shapes = (
+        (3, 20, 7, 9, 48, (3, 3), (1, 1), (1, 1)),
+        (1, 4, 9, 6, 16, (1, 1), (2, 2), (0, 0)),
+        (2, 16, 31, 30, 32, (2, 5), (2, 1), (0, 2)),  # several bands
+        (2, 32, 57, 57, 96, (3, 3), (1, 1), (1, 1)),  # past the caches
+    )
+    modes = ("pact", "pact_residual", "lsq")
+    for dtype in DTYPES[:3]:
+        for position, (n, c, h, w, out, kernel, stride, padding) in enumerate(shapes):
+            x = torch.randn(n, c, h, w, generator=generator).to(dtype)
+            affine = torch.randn(2, c, generator=generator) if position % 2 else (None, None)
+            codes = torch.randint(-128, 128, (out, c, *kernel), generator=generator).to(torch.int8)
+            packed = codes.unflatten(1, (-1, 4)).unflatten(0, (-1, 16)).permute(0, 4, 5, 2, 1, 3).contiguous()
+            step = torch.full((5,), 0.31 if modes[position % 3] == "lsq" else 2.1)
+            scale, shift = 0.01 * torch.rand(out, generator=generator), torch.randn(out, generator=generator)
+            flags = (position == 1, position != 1, position != 2)  # relu, statistics, keep_codes
+            laid_out = _layouts(x)[(position + DTYPES.index(dtype)) % 3]
+            given = (*affine, step, BITS, torch.tensor((position + 2) % 5), modes[position % 3], packed, scale)
+            found.append((laid_out, *given, shift if position else None, stride, padding, *flags))
+    return found
+
+
 QUANT_SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "dorefa_weights": _dorefa_weights,
     "dorefa_weights_backward": _dorefa_weights_backward,
     "fake_quant": _fake_quant,
     "fake_quant_backward": _fake_quant_backward,
+    "integer_conv2d": _integer_conv2d,
+    "pack_codes": _pack_codes,
     "quantize_codes": _quantize_codes,
     "quantize_codes_backward": _quantize_codes_backward,
     "weight_codes": _weight_codes,

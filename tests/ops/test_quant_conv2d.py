@@ -20,6 +20,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LAST = torch.channels_last
 BITS = torch.arange(1, 9, dtype=torch.int32)
 INTEGERS = pytest.mark.skipif(not integer_conv.available(), reason="this PyTorch has no oneDNN convolution on integers")
+FUSED = pytest.mark.skipif(
+    OPS["integer_conv2d"].choices["cpu"].kernel != "native", reason="integer_conv2d has no kernel in this build"
+)
 # N, C, H, W, C_out, kernel, groups, stride, padding, dilation
 SHAPES = {
     "3x3": (2, 9, 7, 6, 12, 3, 1, 1, 1, 1),
@@ -27,6 +30,8 @@ SHAPES = {
     "depthwise": (2, 17, 6, 7, 17, 3, 17, 1, 1, 1),
     "groups": (1, 8, 9, 9, 12, 3, 4, 2, 2, 2),
     "one channel": (2, 1, 5, 5, 1, 5, 1, 1, 2, 1),
+    "whole packs": (2, 20, 6, 17, 48, 3, 1, 1, 1, 1),
+    "strided whole packs": (1, 4, 9, 7, 16, 1, 1, 2, 0, 1),
 }
 
 
@@ -266,6 +271,67 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert torch.equal(made.z, direct)
     made.z.float().sum().backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@INTEGERS
+def test_without_the_fused_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines on which oneDNN is faster give the same values, statistics and gradients, but for roundings."""
+    given, made = Given("whole packs"), []
+    for fuses in (integer_conv.fuses(), False):
+        monkeypatch.setattr(integer_conv, "fuses", lambda fuses=fuses: fuses)
+        results = given.ours(statistics=True)
+        gradients = torch.autograd.grad(results.z.square().sum(), [given.tensors["x"], given.tensors["weight"]])
+        made.append([*results, *gradients])
+    for got, wanted in zip(*made, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+@FUSED
+def test_fused_bits_do_not_depend_on_threads() -> None:
+    """Bands of few and of many rows, and moments of many tasks, come out the same for any number of threads."""
+    threads = torch.get_num_threads()
+    try:
+        for given in SAMPLES["integer_conv2d"]():
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(OPS["integer_conv2d"].overload(*given))
+            for other in results[1:]:
+                assert all(map(torch.equal, other, results[0]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@FUSED
+def test_fused_nan_is_everywhere() -> None:
+    """One NaN, also at a pixel that no output reads, gives NaN in all that is made: as of quantize_codes."""
+    x, *rest = SAMPLES["integer_conv2d"]()[1]
+    x = x.clone()
+    x[0, 1, 8, 5] = torch.nan
+    out, mean, m2, codes, step = OPS["integer_conv2d"].overload(x, *rest)
+    assert out.isnan().all() and step.isnan() and codes[0, 1, 8, 5] == 0
+    wanted = OPS["integer_conv2d"].reference(x, *rest)
+    assert torch.equal(codes, wanted[3]) and wanted[0].isnan().all() and mean.shape == m2.shape == wanted[1].shape
+
+
+@FUSED
+def test_fused_convolution_refuses() -> None:
+    """What the kernel would read beyond, and what it has no gradient of, are errors."""
+    x, *rest = SAMPLES["integer_conv2d"]()[0]
+    run, codes = OPS["integer_conv2d"].overload, torch.zeros(8, 4, 1, 1, dtype=torch.int8)
+    for bad, message in (
+        ((x[:, :16], None, None, *rest[2:]), "x must have 20 channels, got 16"),
+        ((x, *rest[:6], codes, *rest[7:]), "weight must be what pack_codes gives"),
+        ((x[:, :, :1, :1], *rest[:10], (0, 0), *rest[11:]), "at least as large as the kernel"),
+        ((x, *rest[:7], rest[7][:5], *rest[8:]), "out_scale must be float32"),
+        ((x.double(), *rest[:2], rest[2].double(), *rest[3:]), "x must be float32, float16 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(*bad)
+    with pytest.raises(RuntimeError, match="multiple of 16 output channels"):
+        OPS["pack_codes"].overload(codes)
+    with pytest.raises(RuntimeError, match="no gradient of its own"):
+        run(x.requires_grad_(), *rest)[0].sum().backward()
 
 
 def test_without_vnni_or_integers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ def _run(options: argparse.Namespace) -> None:
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
     from spos_fast.config import config_from, merged, read_config
+    from spos_fast.job import Job, check_settings, make_space, require_stage_before
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
@@ -135,17 +136,17 @@ def _run(options: argparse.Namespace) -> None:
             raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
         # Everything that can be refused is refused before a folder is made.
         source = config.data.load(options.workers)
-        space = pipeline.make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
+        space = make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
         for stage in STAGES_OF[options.command]:
-            pipeline.check_settings(stage, config, source, space)
+            check_settings(stage, config, source, space)
         table = None
         if options.command == "consistency":
             from spos_fast.consistency import open_table
 
             table = open_table(config, source, space)
         if options.command in ("search", "retrain"):
-            pipeline.require_stage_before(options.command, options.folder, config)
-        job = pipeline.Job(
+            require_stage_before(options.command, options.folder, config)
+        job = Job(
             options.folder,
             config,
             source,

@@ -18,7 +18,7 @@ import torch
 
 from spos_fast import Architecture, EarlyStopping, Score, pipeline, recalibrate
 from spos_fast.checkpoint import read_json
-from spos_fast.config import config_from
+from spos_fast.config_io import config_from
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.job import Job, make_space
 

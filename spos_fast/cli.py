@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import config_from, merged, read_config
+    from spos_fast.config_io import config_from, merged, read_config
     from spos_fast.job import Job, check_settings, make_space, require_stage_before
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
@@ -193,7 +193,8 @@ def _drop_other_sizes(preset: dict[str, Any], flags: dict[str, Any]) -> None:
     """Leave out the ranges of cost of a preset for another space than ``--space`` names, and its sizes if the space is
     of another kind.
     """
-    from spos_fast.config import SPACE_CONFIGS, Config
+    from spos_fast.config import Config
+    from spos_fast.spaces.settings import SPACE_CONFIGS
 
     theirs, own = ((values.get("space") or {}) for values in (preset, flags))
     if isinstance(theirs, dict) and "name" in own:
@@ -379,7 +380,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:
-    from spos_fast.config import SECTIONS, documented_fields
+    from spos_fast.config import SECTIONS
+    from spos_fast.config_io import documented_fields
 
     for section in sections:
         there: set[str] = set()
@@ -412,7 +414,7 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
     """Settings given as flags, as nested plain values."""
-    from spos_fast.config import TABLES, parse_flag, settings_of
+    from spos_fast.config_io import TABLES, parse_flag, settings_of
 
     values: dict[str, Any] = {}
     if options.seed is not None:

@@ -20,7 +20,6 @@ from spos_fast.data import Images
 from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
-from spos_fast.nn import fused
 from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
 from spos_fast.nn.quant import QuantBasicBlock
 from spos_fast.nn.quant_parts import QuantPart
@@ -193,7 +192,7 @@ class Evaluator:
         ]
         first = net.first_conv
         stem = StemPart(first) if isinstance(first, nn.Sequential) and StemPart.takes(first) else Part(first)
-        return Parts(stem, blocks, HeadPart(net.conv_last, _Classifier(net)))
+        return Parts(stem, blocks, HeadPart(net))
 
     def _score_tree(
         self, routes: Sequence[Route], shared: int, width: int, check: Callable[[], None] = lambda: None
@@ -256,16 +255,8 @@ class Evaluator:
 
     def _most_workers(self, parts: Parts) -> int:
         """How many threads may walk these parts."""
-        pixels = self.calibration.pixels
-        if (
-            pixels.device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-            or not fused.has_kernel("pw_bnstats", pixels)
-        ):
-            return 1
-        if not fused.takes(self._few_images().contiguous(memory_format=torch.channels_last)):
-            return 1
-        if not all(part.fuses for level in parts.levels for part in level) or not _plain_classifier(self.net):
+        images = self._few_images().contiguous(memory_format=torch.channels_last)
+        if not all(part.concurrent(images) for level in parts.levels for part in level):
             return 1
         threads = torch.get_num_threads()
         return threads if self.workers is None else min(self.workers, threads)
@@ -393,26 +384,6 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
     for label in (lowest, highest):
         if not 0 <= label < logits.shape[1]:
             raise InputError(f"labels: there is a class {label}; the network gives {logits.shape[1]} logits")
-
-
-class _Classifier(nn.Module):
-    """What a supernet has behind its last convolution."""
-
-    def __init__(self, net: Supernet) -> None:
-        super().__init__()
-        self.dropout, self.classifier = net.dropout, net.classifier
-        self._classify = net.classify
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._classify(x)
-
-
-def _plain_classifier(net: Supernet) -> bool:
-    """Whether the classifier is made of layers that several threads can run at once, with nobody looking on."""
-    kinds = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity, nn.Flatten)
-    layers = [*net.dropout.modules(), *net.classifier.modules()]
-    plain = all(type(layer) in kinds and not fused.changed(layer) for layer in layers)
-    return plain and type(net).classify is Supernet.classify and "classify" not in vars(net)
 
 
 @contextmanager

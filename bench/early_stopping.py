@@ -18,8 +18,9 @@ import torch
 
 from spos_fast import Architecture, EarlyStopping, Score, pipeline, recalibrate
 from spos_fast.checkpoint import read_json
-from spos_fast.config import config_from
+from spos_fast.config_io import config_from
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.job import Job, make_space
 
 CONFIDENCES = (0.9, 0.99, 0.999)
 
@@ -92,8 +93,8 @@ def answers(folder: Path, most: int) -> tuple[list[Architecture], list[int], np.
     """The candidates of evolution, their generations, which images each gets right ``[n, images]``, and ``top_k``."""
     config = config_from(read_json(folder / "config.json"), "run")
     source = config.data.load()
-    space = pipeline.make_space(config, source, folder)
-    net = pipeline.load_supernet(pipeline.Job(folder, config, source, space, torch.device("cpu")))
+    space = make_space(config, source, folder)
+    net = pipeline.load_supernet(Job(folder, config, source, space, torch.device("cpu")))
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.search
     calibration = source.calibration(settings.calibration_images, seed=config.seed)

@@ -67,7 +67,7 @@ def table(folders: list[Path]) -> str:
 
 def searched(folders: list[Path]) -> str:
     """The searched networks as Markdown, block by block; args as :func:`table`."""
-    from spos_fast.config import config_from
+    from spos_fast.config_io import config_from
 
     lines = ["Searched networks, bits and width of every block:", ""]
     accuracies = []

@@ -30,6 +30,7 @@ from spos_fast.calibration import MODES, Mode
 from spos_fast.checkpoint import Records, write_json
 from spos_fast.data import Images
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.job import Job, make_space
 from spos_fast.latency.settings import MAX_THREADS
 from spos_fast.nasbench.statistics import correlation
 from spos_fast.run import resolve
@@ -124,10 +125,10 @@ def measure(
         raise InputError(f"validation: got {validation}; expected a number of images, or 0 for all")
     config = resolve(folder, {}, {})
     source = config.data.load(None)
-    space = pipeline.make_space(config, source, folder)
+    space = make_space(config, source, folder)
     if not sizes or min(sizes) < 2 or max(sizes) > source.train_size:
         raise InputError(f"sizes: got {list(sizes)}; from 2 to {source.train_size:,} images are there")
-    net = pipeline.load_supernet(pipeline.Job(folder, config, source, space, device))
+    net = pipeline.load_supernet(Job(folder, config, source, space, device))
     archs = _random_architectures(UniformSampler(space, config.search.constraint), architectures, config.seed)
     images = source.validation(device=device)
     if validation:

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from spos_fast.distributed_evaluation import DistributedEvaluator
     from spos_fast.early_stopping import EarlyStopping
     from spos_fast.errors import CheckpointError, InputError, RankError
-    from spos_fast.evaluation import Evaluator, Score, evaluate
+    from spos_fast.evaluation import Evaluator, evaluate
     from spos_fast.evolution import Candidate, SearchResult, evolve, random_search
     from spos_fast.isomorphism import IsomorphismSampler
     from spos_fast.latency import LatencySettings, LatencyTable
     from spos_fast.ops import explain
     from spos_fast.pareto import ParetoResult, pareto_search
     from spos_fast.sampling import Constraint, UniformSampler
+    from spos_fast.scores import Score
     from spos_fast.spaces import Cost
     from spos_fast.training import Metrics, TrainConfig, train
     from spos_fast.widening import WideningSampler
@@ -43,7 +44,7 @@ _HOME = {
     "Metrics": "training",
     "ParetoResult": "pareto",
     "RankError": "errors",
-    "Score": "evaluation",
+    "Score": "scores",
     "SearchResult": "evolution",
     "TrainConfig": "training",
     "UniformSampler": "sampling",

@@ -94,7 +94,8 @@ def _run(options: argparse.Namespace) -> None:
 
     from spos_fast import distributed, pipeline
     from spos_fast.analysis.report import write_report
-    from spos_fast.config import config_from, merged, read_config
+    from spos_fast.config_io import config_from, merged, read_config
+    from spos_fast.job import Job, check_settings, make_space, require_stage_before
     from spos_fast.latency.settings import MAX_THREADS
     from spos_fast.run import Run, resolve
 
@@ -135,17 +136,17 @@ def _run(options: argparse.Namespace) -> None:
             raise InputError(f"--config: a new run needs one; name a preset ({', '.join(PRESET_NAMES)}) or a TOML file")
         # Everything that can be refused is refused before a folder is made.
         source = config.data.load(options.workers)
-        space = pipeline.make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
+        space = make_space(config, source, options.folder, _warn if exchange.rank == 0 else None)
         for stage in STAGES_OF[options.command]:
-            pipeline.check_settings(stage, config, source, space)
+            check_settings(stage, config, source, space)
         table = None
         if options.command == "consistency":
             from spos_fast.consistency import open_table
 
             table = open_table(config, source, space)
         if options.command in ("search", "retrain"):
-            pipeline.require_stage_before(options.command, options.folder, config)
-        job = pipeline.Job(
+            require_stage_before(options.command, options.folder, config)
+        job = Job(
             options.folder,
             config,
             source,
@@ -192,7 +193,8 @@ def _drop_other_sizes(preset: dict[str, Any], flags: dict[str, Any]) -> None:
     """Leave out the ranges of cost of a preset for another space than ``--space`` names, and its sizes if the space is
     of another kind.
     """
-    from spos_fast.config import SPACE_CONFIGS, Config
+    from spos_fast.config import Config
+    from spos_fast.spaces.settings import SPACE_CONFIGS
 
     theirs, own = ((values.get("space") or {}) for values in (preset, flags))
     if isinstance(theirs, dict) and "name" in own:
@@ -378,7 +380,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> None:
-    from spos_fast.config import SECTIONS, documented_fields
+    from spos_fast.config import SECTIONS
+    from spos_fast.config_io import documented_fields
 
     for section in sections:
         there: set[str] = set()
@@ -411,7 +414,7 @@ def _add_settings(command: argparse.ArgumentParser, sections: Sequence[str]) -> 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
     """Settings given as flags, as nested plain values."""
-    from spos_fast.config import TABLES, parse_flag, settings_of
+    from spos_fast.config_io import TABLES, parse_flag, settings_of
 
     values: dict[str, Any] = {}
     if options.seed is not None:

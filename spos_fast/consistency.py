@@ -26,10 +26,12 @@ from spos_fast.config import Config, ConsistencyConfig
 from spos_fast.data import DataSource
 from spos_fast.distributed_evaluation import DistributedEvaluator
 from spos_fast.errors import InputError
-from spos_fast.evaluation import Evaluator, Score
+from spos_fast.evaluation import Evaluator
+from spos_fast.job import Job
 from spos_fast.nasbench import TABLES, ArchitectureTable
-from spos_fast.pipeline import Job, load_supernet
+from spos_fast.pipeline import load_supernet
 from spos_fast.recording import RecordedScores, shared_records
+from spos_fast.scores import Score
 from spos_fast.spaces import Space
 from spos_fast.training import kept_steps, load_model
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spos_fast.evaluation import Score
 from spos_fast.recording import Listener
+from spos_fast.scores import Score
 from spos_fast.training import Metrics
 
 # Seconds between two lines when the output is no terminal.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from spos_fast.architecture import Architecture
 from spos_fast.distributed import Exchange
 from spos_fast.errors import RankError
-from spos_fast.evaluation import Score
+from spos_fast.scores import Score
 from spos_fast.sharing import share_out
 from spos_fast.spaces import Space
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from spos_fast.evaluation import Score
+from spos_fast.scores import Score
 
 
 class EarlyStopping:

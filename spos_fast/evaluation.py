@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from spos_fast.architecture import Architecture
 from spos_fast.calibration import MODES, Mode
@@ -20,13 +17,13 @@ from spos_fast.data import Images
 from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import InputError
 from spos_fast.memory import Probe, free_memory
-from spos_fast.nn import fused
 from spos_fast.nn.parts import HeadPart, Moments, Part, Statistics
 from spos_fast.nn.quant import QuantBasicBlock
 from spos_fast.nn.quant_parts import QuantPart
 from spos_fast.nn.stem_part import StemPart
 from spos_fast.prefix_tree import Node, Parts, Route, build, walk
 from spos_fast.running import RunningStatistics
+from spos_fast.scores import Score, Tally, check_labels
 from spos_fast.sharing import share_out
 from spos_fast.supernet import Setting, Supernet
 from spos_fast.threads import side_by_side
@@ -35,25 +32,6 @@ from spos_fast.threads import side_by_side
 _SHARE = 0.5
 # Fewer architectures a worker share little, and their numbers differ by too much.
 _LEAST_A_WORKER = 8
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a network does on a set of images.
-
-    Attributes:
-        accuracy: share of images whose greatest logit is their class; 0 if the network failed.
-        loss: mean cross-entropy, without label smoothing; NaN if the network failed.
-        images: number of images.
-        failed: whether a logit, or a statistic of its normalisation layers, was NaN or infinite.
-        stopped: whether it was dropped by early stopping; accuracy and loss are those of the images seen until then.
-    """
-
-    accuracy: float
-    loss: float
-    images: int
-    failed: bool = False
-    stopped: bool = False
 
 
 class Evaluator:
@@ -155,7 +133,7 @@ class Evaluator:
         different = dict(zip(routes, archs, strict=True))
         with torch.no_grad(), _evaluation_mode(self.net):
             if archs and not self._labels_checked:
-                _check_labels(self.validation.labels, self.net(self._few_images(), archs[0]))
+                check_labels(self.validation.labels, self.net(self._few_images(), archs[0]))
                 self._labels_checked = True
             scores = dict(zip(different, self._score(different), strict=True))
         result = [scores[route] for route in routes]
@@ -193,7 +171,7 @@ class Evaluator:
         ]
         first = net.first_conv
         stem = StemPart(first) if isinstance(first, nn.Sequential) and StemPart.takes(first) else Part(first)
-        return Parts(stem, blocks, HeadPart(net.conv_last, _Classifier(net)))
+        return Parts(stem, blocks, HeadPart(net))
 
     def _score_tree(
         self, routes: Sequence[Route], shared: int, width: int, check: Callable[[], None] = lambda: None
@@ -204,7 +182,7 @@ class Evaluator:
         nodes = list(dict.fromkeys(node for path in paths for node in path))
         running = self._statistics(root, nodes, width, check)
         statistics = dict(zip(nodes, running.statistics(), strict=True))
-        tally = _Tally(len(routes), self.validation.labels.device)
+        tally = Tally(len(routes), self.validation.labels.device)
         seen, total = 0, len(self.validation)
         for images, labels in self._validation_batches():
             walk(root, images, partial(_validate, check, statistics, tally, labels), width)
@@ -256,16 +234,8 @@ class Evaluator:
 
     def _most_workers(self, parts: Parts) -> int:
         """How many threads may walk these parts."""
-        pixels = self.calibration.pixels
-        if (
-            pixels.device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-            or not fused.has_kernel("pw_bnstats", pixels)
-        ):
-            return 1
-        if not fused.takes(self._few_images().contiguous(memory_format=torch.channels_last)):
-            return 1
-        if not all(part.fuses for level in parts.levels for part in level) or not _plain_classifier(self.net):
+        images = self._few_images().contiguous(memory_format=torch.channels_last)
+        if not all(part.concurrent(images) for level in parts.levels for part in level):
             return 1
         threads = torch.get_num_threads()
         return threads if self.workers is None else min(self.workers, threads)
@@ -298,14 +268,14 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Sc
     Raises:
         InputError: there is no batch.
     """
-    tally: _Tally | None = None
+    tally: Tally | None = None
     images = 0
     with torch.no_grad(), _evaluation_mode(network):
         for pixels, labels in batches:
             logits = network(pixels)
             if tally is None:
-                _check_labels(labels, logits)
-                tally = _Tally(1, logits.device)
+                check_labels(labels, logits)
+                tally = Tally(1, logits.device)
             tally.add(0, logits, labels)
             images += len(labels)
     if tally is None:
@@ -335,7 +305,7 @@ def _calibrate(
 def _validate(
     check: Callable[[], None],
     statistics: dict[Node, Statistics],
-    tally: _Tally,
+    tally: Tally,
     labels: Tensor,
     nodes: Sequence[Node],
     inputs: Sequence[Tensor],
@@ -359,60 +329,6 @@ def _runs(nodes: Sequence[Node]) -> Iterator[tuple[Part, int, int]]:
         last = first + sum(1 for _ in group)
         yield part, first, last
         first = last
-
-
-class _Tally:
-    """Sums over validation images for some networks. They stay on the device: one synchronisation at the end."""
-
-    def __init__(self, networks: int, device: torch.device) -> None:
-        self.correct = torch.zeros(networks, dtype=torch.float64, device=device)
-        self._loss, self._finite = torch.zeros_like(self.correct), torch.ones_like(self.correct)
-        self._images = [0] * networks
-
-    def add(self, network: int, logits: Tensor, labels: Tensor) -> None:
-        """Logits ``[N, classes]`` of one network and labels ``[N]``."""
-        logits = logits.float()
-        self.correct[network] += (logits.argmax(1) == labels).sum()
-        self._loss[network] += functional.cross_entropy(logits, labels, reduction="sum")
-        self._finite[network] *= logits.isfinite().all()
-        self._images[network] += len(labels)
-
-    def scores(self, total: int, sound: Sequence[bool]) -> list[Score]:
-        """Scores, of that many images if a network was not stopped; whether all but its logits is finite."""
-        correct, loss, finite = torch.stack((self.correct, self._loss, self._finite)).tolist()
-        return [
-            Score(right / images, sum_ / images, images, stopped=images < total)
-            if ok and clean
-            else Score(0.0, math.nan, images, failed=True)
-            for right, sum_, ok, clean, images in zip(correct, loss, finite, sound, self._images, strict=True)
-        ]
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    lowest, highest = (int(label) for label in labels.aminmax())
-    for label in (lowest, highest):
-        if not 0 <= label < logits.shape[1]:
-            raise InputError(f"labels: there is a class {label}; the network gives {logits.shape[1]} logits")
-
-
-class _Classifier(nn.Module):
-    """What a supernet has behind its last convolution."""
-
-    def __init__(self, net: Supernet) -> None:
-        super().__init__()
-        self.dropout, self.classifier = net.dropout, net.classifier
-        self._classify = net.classify
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._classify(x)
-
-
-def _plain_classifier(net: Supernet) -> bool:
-    """Whether the classifier is made of layers that several threads can run at once, with nobody looking on."""
-    kinds = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity, nn.Flatten)
-    layers = [*net.dropout.modules(), *net.classifier.modules()]
-    plain = all(type(layer) in kinds and not fused.changed(layer) for layer in layers)
-    return plain and type(net).classify is Supernet.classify and "classify" not in vars(net)
 
 
 @contextmanager

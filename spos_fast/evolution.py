@@ -10,8 +10,8 @@ import numpy as np
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
-from spos_fast.evaluation import Score
 from spos_fast.sampling import Constraint, UniformSampler
+from spos_fast.scores import Score
 from spos_fast.spaces import Space
 
 # A child that is known or too expensive is bred again this many times, as in the published code; then the place is

@@ -11,9 +11,9 @@ import numpy as np
 
 from spos_fast.architecture import Architecture
 from spos_fast.errors import InputError
-from spos_fast.evaluation import Score
 from spos_fast.evolution import TRIES_PER_CHILD, Candidate, Evaluate, Fresh, check_not_negative
 from spos_fast.sampling import Constraint
+from spos_fast.scores import Score
 from spos_fast.spaces import METRICS, Space
 from spos_fast.spaces.base import without_metric
 

@@ -12,7 +12,7 @@ from spos_fast.checkpoint import Records
 from spos_fast.distributed import Exchange
 from spos_fast.early_stopping import EarlyStopping
 from spos_fast.errors import CheckpointError
-from spos_fast.evaluation import Score
+from spos_fast.scores import Score
 from spos_fast.spaces import Space
 from spos_fast.training import Metrics
 

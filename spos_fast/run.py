@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from spos_fast.checkpoint import TEMPORARY, Records, read_json, write_json
-from spos_fast.config import SECTIONS, SPACE_CONFIGS, Config, config_from, merged, plain
+from spos_fast.config import SECTIONS, Config
+from spos_fast.config_io import config_from, merged, plain
 from spos_fast.errors import CheckpointError, InputError
+from spos_fast.spaces.settings import SPACE_CONFIGS
 
 # What every stage depends on: its own settings and those of the stages before it.
 STAGES = {

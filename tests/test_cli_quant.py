@@ -7,7 +7,7 @@ import pytest
 from spos_fast.analysis.run_data import read_run
 from spos_fast.analysis.tables import strip
 from spos_fast.cli import main
-from spos_fast.config import config_from, read_config
+from spos_fast.config_io import config_from, read_config
 from spos_fast.spaces import QuantResNet
 
 LIMIT = "2.2e6"

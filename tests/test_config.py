@@ -3,17 +3,8 @@
 import pytest
 
 from spos_fast import InputError
-from spos_fast.config import (
-    PRESETS,
-    SECTIONS,
-    Config,
-    config_from,
-    documented_fields,
-    merged,
-    parse_flag,
-    plain,
-    read_config,
-)
+from spos_fast.config import SECTIONS, Config
+from spos_fast.config_io import PRESETS, config_from, documented_fields, merged, parse_flag, plain, read_config
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))

@@ -17,8 +17,8 @@ from spos_fast.analysis.ranks import rank_statistics
 from spos_fast.cli import main
 from spos_fast.config import ConsistencyConfig
 from spos_fast.console import Console
-from spos_fast.evaluation import Score
 from spos_fast.nasbench import NASBench201
+from spos_fast.scores import Score
 from spos_fast.spaces import NASBench201 as Cells
 from spos_fast.spaces import NASBenchMacro as Macro
 

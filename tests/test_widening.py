@@ -3,7 +3,7 @@
 import pytest
 
 from spos_fast import Constraint, InputError, UniformSampler, data
-from spos_fast.config import config_from
+from spos_fast.config_io import config_from
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.training import TrainConfig, train
 from spos_fast.widening import WideningSampler

@@ -28,6 +28,23 @@ def cases(device: str) -> list[Case]:
     ]
 
 
+def in_both_layouts(ours: Callable[..., Any], peer: Callable[..., Any], bind: Callable[..., Bind]) -> dict[str, Bind]:
+    """The contenders of a block: ours, and one peer, eager and compiled, in NCHW and channels_last.
+
+    Args:
+        ours, peer: functions of the block's tensors.
+        bind: makes a contender of a function, given a layout, or else in channels_last.
+    """
+    nchw = torch.contiguous_format
+    return {
+        OURS: bind(ours),
+        "eager NCHW": bind(peer, nchw),
+        "eager channels_last": bind(peer),
+        "compile NCHW": lambda given: bind(compiled(peer), nchw)(given),
+        "compile channels_last": lambda given: bind(compiled(peer))(given),
+    }
+
+
 def _ours(op: str) -> Callable[..., Any]:
     if op == "bn_act_cat":
         return lambda z, scale, shift, other: ops.bn_act_cat(z, scale, shift, other)
@@ -65,7 +82,6 @@ def _case(device: str, dtype: str, shape: tuple[int, int, int, int], op: str) ->
 
         return bound
 
-    peer = getattr(peers, op)
     values = pixels * channels
     work = {"pw_bnstats": values * channels, "dw_bnstats": values * KERNEL**2, "bn_act_cat": 0}[op]
     moved = {"pw_bnstats": 2, "dw_bnstats": 2, "bn_act_cat": 5}[op]
@@ -77,13 +93,7 @@ def _case(device: str, dtype: str, shape: tuple[int, int, int, int], op: str) ->
         bytes=moved * values * kind.itemsize,
         flops=2 * work,
         inputs=inputs,
-        contenders={
-            OURS: bind(_ours(op)),
-            "eager NCHW": bind(peer, torch.contiguous_format),
-            "eager channels_last": bind(peer),
-            "compile NCHW": lambda given: bind(compiled(peer), torch.contiguous_format)(given),
-            "compile channels_last": lambda given: bind(compiled(peer))(given),
-        },
+        contenders=in_both_layouts(_ours(op), getattr(peers, op), bind),
         tests=("tests/ops/test_blocks.py", "tests/ops/test_every_op.py"),
         tolerance=1e-4 if dtype == "float32" else 3e-2,
     )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cases.blocks import in_both_layouts
 from bench.peers import blocks as peers
-from bench.peers.compiled import compiled
-from bench.registry import OURS, Bind, Case
+from bench.registry import Bind, Case
 from spos_fast import ops
 
 STAGES = ((64, 56), (256, 14))  # channels, height and width
@@ -58,7 +58,6 @@ def _case(device: str, dtype: str, shape: tuple[int, int, int, int], shortcut: s
 
         return bound
 
-    peer = peers.bn_add_relu
     return Case(
         op="bn_add_relu" + (" forward+backward" if training else ""),
         shape="x".join(map(str, shape)) + f" {shortcut}",
@@ -68,13 +67,7 @@ def _case(device: str, dtype: str, shape: tuple[int, int, int, int], shortcut: s
         bytes=(8 if training else 3) * values * kind.itemsize,
         flops=0,  # a few a value, on vector units
         inputs=inputs,
-        contenders={
-            OURS: bind(_ours),
-            "eager NCHW": bind(peer, torch.contiguous_format),
-            "eager channels_last": bind(peer),
-            "compile NCHW": lambda given: bind(compiled(peer), torch.contiguous_format)(given),
-            "compile channels_last": lambda given: bind(compiled(peer))(given),
-        },
+        contenders=in_both_layouts(_ours, peers.bn_add_relu, bind),
         tests=("tests/ops/test_bn_add_relu.py", "tests/ops/test_every_op.py"),
         tolerance=1e-4 if dtype == "float32" else 3e-2,
     )

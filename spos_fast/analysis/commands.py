@@ -6,7 +6,8 @@ import shlex
 from typing import Any
 
 from spos_fast.analysis.run_data import RunData
-from spos_fast.config import SECTIONS, Config, DataConfig, documented_fields, plain
+from spos_fast.config import SECTIONS, Config, DataConfig
+from spos_fast.config_io import documented_fields, plain
 
 
 def stage_command(data: RunData, stage: str) -> str:

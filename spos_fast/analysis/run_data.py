@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from spos_fast.architecture import integer_genes
 from spos_fast.checkpoint import read_json
-from spos_fast.config import SECTIONS, Config, config_from
+from spos_fast.config import SECTIONS, Config
+from spos_fast.config_io import config_from
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.training import Metrics
 

@@ -12,7 +12,7 @@ from spos_fast.analysis.drawing import bit_operations, milliseconds, short_numbe
 from spos_fast.analysis.keys import choice_cell, choice_key
 from spos_fast.analysis.run_data import RunData, Scored, Tested
 from spos_fast.analysis.summary import Row, wilson_interval
-from spos_fast.config import documented_fields, plain
+from spos_fast.config_io import documented_fields, plain
 
 
 def percent(value: float, images: int) -> str:

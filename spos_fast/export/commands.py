@@ -11,6 +11,7 @@ from spos_fast.checkpoint import check_writable
 from spos_fast.errors import CheckpointError, InputError
 from spos_fast.export.onnx_file import OPSETS, export_onnx, require_onnx
 from spos_fast.export.packed import save_packed
+from spos_fast.job import Job, make_space
 from spos_fast.run import resolve
 
 FORMATS = ("onnx", "packed")
@@ -37,8 +38,8 @@ def run(options: argparse.Namespace, device: Any) -> None:
     moved = {"data": {"path": str(Path(options.data_path).expanduser().resolve())}} if options.data_path else {}
     config = resolve(options.folder, {}, moved)
     source = config.data.load(options.workers)
-    space = pipeline.make_space(config, source, options.folder)
-    job = pipeline.Job(options.folder, config, source, space, device, workers=options.workers, tensorboard=False)
+    space = make_space(config, source, options.folder)
+    job = Job(options.folder, config, source, space, device, workers=options.workers, tensorboard=False)
     arch, network = pipeline.retrained(job, label)
     if options.format == "onnx":
         export_onnx(

@@ -22,6 +22,7 @@ from spos_fast.errors import InputError
 from spos_fast.nn import fused
 from spos_fast.nn.observation import observing
 from spos_fast.nn.units import Unit
+from spos_fast.supernet import Supernet
 from spos_fast.threads import one_thread
 
 # A module that lends its buffers to one path can run in one thread at a time.
@@ -92,6 +93,16 @@ class Part:
             mid = cast("int | None", setting)
             self.widths, self._block = module.normalised(mid), module.matched(mid)
         self.fuses = self._block is not None
+
+    def concurrent(self, images: Tensor) -> bool:
+        """Whether several threads can run the part at once: on the CPU, as ops, for which no layer lends its buffers.
+
+        Args:
+            images: some that go into the network, channels last.
+        """
+        # One op stands for all: they have kernels together or none has.
+        on_kernels = images.device.type == "cpu" and fused.takes(images) and fused.has_kernel("pw_bnstats", images)
+        return self.fuses and on_kernels
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weights and biases of all normalisation layers, one behind the other; None without."""
@@ -199,23 +210,32 @@ class Part:
 
 
 class HeadPart(Part):
-    """The end of a network: a last convolution, then a classifier.
+    """The end of a supernet: its last convolution, then its classifier.
 
     A pointwise convolution with normalisation and ReLU runs with the ops ``pw_bnstats`` and ``bn_normalize``. Nothing
     behind its normalisation takes statistics, so calibration stops there.
 
     Args:
-        last: the convolution with its normalisation.
-        classifier: the rest, from its output to logits.
+        net: whose end it is.
     """
 
-    def __init__(self, last: nn.Module, classifier: nn.Module) -> None:
-        super().__init__(nn.Sequential(last, classifier))
-        self.key, self.classifier = (last, None), classifier
+    def __init__(self, net: Supernet) -> None:
+        last, self.classifier = net.conv_last, _Classifier(net)
+        super().__init__(nn.Sequential(last, self.classifier))
+        self.key, self._net = (last, None), net
         found = fused.match_pointwise(last) if type(last) is nn.Sequential else None
         # None unless the last convolution does what the ops do.
         self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
         self.fuses = self._convolution is not None
+
+    def concurrent(self, images: Tensor) -> bool:
+        """Likewise; the classifier must be made of layers that threads can share, with nobody looking on."""
+        net = self._net
+        if type(net).classify is not Supernet.classify or "classify" in vars(net):
+            return False
+        kinds = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity, nn.Flatten)
+        layers = [*net.dropout.modules(), *net.classifier.modules()]
+        return super().concurrent(images) and all(type(x) in kinds and not fused.changed(x) for x in layers)
 
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
         """For each batch its statistics, and no output."""
@@ -243,6 +263,18 @@ class HeadPart(Part):
             with one_thread() if on_cpu else nullcontext():
                 logits.append(self.classifier(y))
         return logits
+
+
+class _Classifier(nn.Module):
+    """What a supernet has behind its last convolution."""
+
+    def __init__(self, net: Supernet) -> None:
+        super().__init__()
+        self.dropout, self.classifier = net.dropout, net.classifier
+        self._classify = net.classify
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._classify(x)
 
 
 def _taken(inputs: Sequence[Tensor]) -> bool:

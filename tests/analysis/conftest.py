@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from spos_fast.architecture import Architecture
-from spos_fast.config import config_from, plain
-from spos_fast.evaluation import Score
+from spos_fast.config_io import config_from, plain
 from spos_fast.evolution import Candidate, evolve, random_search
+from spos_fast.scores import Score
 from spos_fast.spaces import Space
 
 SMALL = {

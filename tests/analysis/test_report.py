@@ -20,7 +20,8 @@ from spos_fast.analysis.run_data import read_run
 from spos_fast.analysis.summary import (
     comparison,
 )
-from spos_fast.config import SECTIONS, Config, config_from, merged, parse_flag, plain, settings_of
+from spos_fast.config import SECTIONS, Config
+from spos_fast.config_io import config_from, merged, parse_flag, plain, settings_of
 from spos_fast.errors import InputError
 from spos_fast.sampling import UniformSampler
 from spos_fast.spaces import ShuffleNetV2

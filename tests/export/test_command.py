@@ -8,7 +8,7 @@ import torch
 from spos_fast.cli import main
 from spos_fast.evaluation import evaluate
 from spos_fast.export import load_packed
-from spos_fast.pipeline import make_space
+from spos_fast.job import make_space
 from spos_fast.run import resolve
 
 SETTINGS = [

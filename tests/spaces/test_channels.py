@@ -10,7 +10,7 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from spos_fast import Constraint, Evaluator, InputError, UniformSampler, data, evolve, recalibrate, sampling
-from spos_fast.evaluation import Score
+from spos_fast.scores import Score
 from spos_fast.spaces import ShuffleNetV2
 from spos_fast.spaces.base import scaled_channels
 

@@ -69,7 +69,9 @@ Results integer_conv2d_cpu(const Tensor& x, const std::optional<Tensor>& scale, 
         const Tensor values = vector_of(*out_shift, "out_shift", shape.out_channels);
         for (int64_t c = 0; c < shape.out_channels; ++c) shifts[c] = static_cast<float>(value_of(values, c));
     }
-    Tensor out = kept_image(x, shape.samples, shape.out_channels, shape.out_height, shape.out_width);
+    // What training keeps for backward goes into torch's memory, which it shares with all that comes between two calls.
+    const int64_t n = shape.samples, c = shape.out_channels, h = shape.out_height, w = shape.out_width;
+    Tensor out = keep_codes ? empty_channels_last(x, n, c, h, w) : kept_image(x, n, c, h, w);
     const int64_t channels = statistics ? shape.out_channels : 0;
     Tensor mean = torch::stable::new_empty(given.step, {channels}),
            m2 = torch::stable::new_empty(given.step, {channels});

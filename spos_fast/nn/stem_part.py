@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -33,7 +33,9 @@ class StemPart(Part):
     def __init__(self, module: nn.Sequential) -> None:
         super().__init__(module)
         self._convolution = cast("nn.Conv2d", module[0])
-        self._pool = module[3] if len(module) == 4 else None
+        self._join: Callable[[Iterable[Tensor], int], Tensor] = (
+            _MaxPool(cast("nn.MaxPool2d", module[3])) if len(module) == 4 else _joined
+        )
         self.fuses = True
 
     @staticmethod
@@ -60,27 +62,16 @@ class StemPart(Part):
         return [self._calibrate(x) for x in inputs]
 
     def _calibrate(self, x: Tensor) -> tuple[Tensor, Moments]:
-        pooled, mean, m2, count = self._pooled_moments(x)
-        if count < 2:
+        running = _RunningMoments()
+        joined = self._join(running.along(self._convolved(x)), len(x))
+        if running.count < 2:
             raise single_value(x)
-        var, dtype = m2 / count, torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean, var = running.mean[0], running.m2[0] / running.count
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         gamma, beta = self.affine()
         (scale,), (shift,) = ops.bn_finalize([mean], [var], [gamma], [beta], self.norms[0].eps, dtype=dtype)
-        out = ops.bn_normalize(pooled, scale, shift, relu=True)
-        return out, Moments([mean[0].to(dtype)], [var[0].to(dtype)], [count])
-
-    def _pooled_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What pooling leaves of the convolution; the convolution's mean and second moment, [1, C], and values."""
-        pooled: list[Tensor] = []
-        mean: list[Tensor] = []
-        m2: list[Tensor] = []
-        count = 0
-        for done, z in enumerate(self._convolved(x)):
-            pooled.append(self._pooled(z))
-            batch, values = ops.bn_moments(z), z.numel() // z.shape[1]
-            mean, m2 = ops.bn_merge(mean, m2, [count], batch[:1], batch[1:], [values], mode="pooled", batches=done)
-            count += values
-        return _joined(pooled), mean[0], m2[0], count
+        out = ops.bn_normalize(joined, scale, shift, relu=True)
+        return out, Moments([mean[0].to(dtype)], [var[0].to(dtype)], [running.count])
 
     def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
         """For each batch the output, normalised by given statistics."""
@@ -89,8 +80,7 @@ class StemPart(Part):
         outputs = []
         for x, given in zip(inputs, statistics, strict=True):
             scale, shift = cast(Tensor, given.scale)[None], cast(Tensor, given.shift)[None]
-            parts = [ops.bn_normalize(self._pooled(z), scale, shift, relu=True) for z in self._convolved(x)]
-            outputs.append(_joined(parts))
+            outputs.append(ops.bn_normalize(self._join(self._convolved(x), len(x)), scale, shift, relu=True))
         return outputs
 
     def _convolved(self, x: Tensor) -> Iterator[Tensor]:
@@ -100,8 +90,50 @@ class StemPart(Part):
         for images in x.split(max(_AT_ONCE // image, 1) if x.device.type == "cpu" else len(x)):
             yield self._convolution(_last(images))
 
-    def _pooled(self, z: Tensor) -> Tensor:
-        return z if self._pool is None else cast(Tensor, self._pool(z))
+
+class _RunningMoments:
+    """Mean and second moment of what passes by, [1, C] of one layer each, and the number of values a channel."""
+
+    def __init__(self) -> None:
+        self.mean: list[Tensor] = []
+        self.m2: list[Tensor] = []
+        self.count = 0
+
+    def along(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same pieces, looked at."""
+        for done, z in enumerate(pieces):
+            batch, values = ops.bn_moments(z), z.numel() // z.shape[1]
+            self.mean, self.m2 = ops.bn_merge(
+                self.mean, self.m2, [self.count], batch[:1], batch[1:], [values], mode="pooled", batches=done
+            )
+            self.count += values
+            yield z
+
+
+class _MaxPool:
+    """Max pooling of the pieces of a batch into one tensor. The next batch takes it over: fresh pages cost as much."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        self._pool = pool
+        self._out = self._indices = torch.empty(0)
+
+    def __call__(self, pieces: Iterable[Tensor], images: int) -> Tensor:
+        pool, done = self._pool, 0
+        sizes = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        for z in pieces:
+            if done == 0:
+                self._make_room(images, z)
+            place = self._out[done : done + len(z)]
+            torch.ops.aten.max_pool2d_with_indices.out(z, *sizes, out=place, indices=self._indices[: len(z)])
+            done += len(z)
+        return self._out[:images]
+
+    def _make_room(self, images: int, z: Tensor) -> None:
+        shape = self._pool(z.to("meta")).shape[1:]
+        if len(self._out) < images or self._out.shape[1:] != shape or self._out.dtype != z.dtype:
+            last = torch.channels_last
+            self._out = torch.empty([images, *shape], dtype=z.dtype, device=z.device, memory_format=last)
+            self._indices = torch.empty([len(z), *shape], dtype=torch.int64, device=z.device, memory_format=last)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -113,5 +145,6 @@ def _fits(inputs: Sequence[Tensor]) -> bool:
     return all(fused.takes(_last(x[:1])) and fused.has_kernel("bn_normalize", x) for x in inputs)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _joined(pieces: Iterable[Tensor], _: int) -> Tensor:
+    parts = list(pieces)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -7,6 +7,7 @@ Formulas: PACT (Choi et al., arXiv 1805.06085), DoReFa (Zhou et al., arXiv 1606.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +56,30 @@ def aten_learnable(x: Tensor, step: Tensor, bits: int) -> Tensor:
     high = 2**bits - 1
     zero = _zero((1,), torch.float32, x.device)
     return torch._fake_quantize_learnable_per_tensor_affine(x, step, zero, 0, high, (x.numel() * high) ** -0.5)
+
+
+def with_moments(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z, the mean of each channel, and the sum of squared deviations."""
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    return z, mean, var * (z.numel() // z.shape[1])
+
+
+class OneDnnConvolution:
+    """Quantization by PyTorch's functions, and oneDNN's convolution on codes with weights that it has ordered."""
+
+    def __init__(self, weight: Tensor, step: float, weight_step: float, bits: int, size: tuple[int, ...]) -> None:
+        codes = (weight / weight_step).to(torch.int8)
+        self._settings = [1, 1], [1, 1], [1, 1], 1
+        self._weight = torch.ops.onednn.qconv_prepack(codes, torch.ones(1), 1.0, 0, *self._settings, list(size))
+        self._scales = torch.full((len(weight),), step * weight_step)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._step, self._high = step, float(2**bits - 1)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The convolution of quantized x, and its moments."""
+        codes = (x * (1 / self._step)).round_().clamp_(0, self._high).to(torch.uint8)
+        result: Any = 1.0, 0, torch.float32, "none", [], ""
+        z: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            codes, 1.0, 0, self._weight, self._scales, self._zeros, None, *self._settings, *result
+        )
+        return with_moments(z)

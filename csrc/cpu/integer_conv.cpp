@@ -14,6 +14,10 @@
 #include "csrc/cpu/quant_codes.h"
 #include "csrc/cpu/unit_passes.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 namespace spos::cpu {
 namespace {
 
@@ -32,8 +36,8 @@ struct Taps {
     int64_t vector;  // bytes of the weights of 16 output channels
 };
 
-#ifdef SPOS_SIMD_CHOICE
-#define SPOS_SIMD_VNNI __attribute__((target("arch=x86-64-v4,avx512vnni")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(SPOS_FIXED_TARGET)
+#define SPOS_SIMD_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 // sums: [kCount][kVectors][16].
 template <int kCount, int kVectors>
@@ -74,7 +78,7 @@ constexpr auto tiles(std::integer_sequence<int, kCounts...>) {
 }
 
 bool has_vnni() {
-    static const bool has = machine_is_wide() && __builtin_cpu_supports("avx512vnni");
+    static const bool has = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     return has;
 }
 #endif
@@ -97,7 +101,7 @@ void plain_sums(const Taps& taps, int64_t pixels, int64_t vectors, int32_t* sums
 }
 
 void sums_of(const Taps& taps, int64_t pixels, int64_t vectors, int32_t* sums) {
-#ifdef SPOS_SIMD_CHOICE
+#ifdef SPOS_SIMD_VNNI
     static constexpr auto kOne = tiles<1>(std::make_integer_sequence<int, kPixels>());
     static constexpr auto kTwo = tiles<2>(std::make_integer_sequence<int, kPixels>());
     if (has_vnni()) return (vectors == 1 ? kOne : kTwo)[pixels - 1](taps, sums);

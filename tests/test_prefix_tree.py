@@ -21,7 +21,7 @@ from spos_fast import Architecture, Evaluator, InputError, data, memory
 from spos_fast.calibration import recalibrate
 from spos_fast.nn import ShuffleUnit, parts
 from spos_fast.nn.stem_part import StemPart
-from spos_fast.spaces import ShuffleNetV2
+from spos_fast.spaces import QuantResNet, ShuffleNetV2
 from spos_fast.supernet import Supernet
 
 
@@ -115,6 +115,25 @@ def test_workers_give_the_scores_of_one(images, kind, monkeypatch, four_threads)
     later.start()
     later.join()
     assert started == [4]
+
+
+def test_quantized_networks_have_workers(monkeypatch, four_threads):
+    """On integers, with a head that is a classifier alone: bit for bit. Weights of 8 DoReFa bits run in floats, whose
+    bits depend on threads: one worker."""
+    torch.manual_seed(0)
+    options = dict(input_size=32, num_classes=10, stage_channels=(16, 32), stage_repeats=(2, 1), stem="cifar")
+    pixels, labels = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (24,))
+    given = data.Images(pixels, labels, data.Normalization((0.5,) * 3, (0.25,) * 3))
+    for bits, trees in ((((2, 2), (3, 4)), [1, 1, 1, 1]), (((8, 8), (3, 4)), [4])):
+        space = QuantResNet(18, bits=bits, **options)
+        net, archs = space.supernet(), [space.sample(np.random.default_rng(seed)) for seed in range(40)]
+        if bits[0][0] == 8:
+            archs = [space.architecture([0, *arch.genes[1:]]) for arch in archs]
+        expected, seen = _threads_of(monkeypatch, Evaluator(net, given, given, workers=1), archs)
+        assert seen == [4] and len({score.loss for score in expected}) > 5
+        scores, seen = _threads_of(monkeypatch, Evaluator(net, given, given), archs)
+        assert seen == trees
+        assert scores == expected
 
 
 def test_a_worker_that_fails_ends_the_others(images, monkeypatch, four_threads):

@@ -27,9 +27,11 @@ Tensor pack_codes_cpu(const Tensor& codes) {
 spos::cpu::IntegerConvShape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                                      const std::vector<int64_t>& padding) {
     STD_TORCH_CHECK(weight.dim() == 6 && weight.size(4) == 16 && weight.size(5) == 4 &&
-                        weight.scalar_type() == ScalarType::Char && weight.is_contiguous(),
+                        weight.scalar_type() == ScalarType::Char && weight.is_contiguous() && weight.numel() > 0,
                     "weight must be what pack_codes gives");
     STD_TORCH_CHECK(x.size(1) == 4 * weight.size(3), "x must have ", 4 * weight.size(3), " channels, got ", x.size(1));
+    STD_TORCH_CHECK(weight.numel() / (16 * weight.size(0)) * 255 * 128 < int64_t(1) << 31,
+                    "weight has so many values an output channel that a sum could overflow");
     STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 &&
                         padding[1] >= 0,
                     "stride must be two positive numbers and padding two that are not negative");

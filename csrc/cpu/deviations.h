@@ -54,7 +54,9 @@ class Deviations {
     A* of(int64_t pack) { return current_.data() + pack * kDeviations; }
 
     // Ends a block, of all packs.
-    void settle() { settle_deviations(current_.data(), total_.data(), packs_); }
+    void settle() { settle(0, packs_); }
+    // That of some packs.
+    void settle(int64_t pack, int64_t packs) { settle_deviations(of(pack), total_.data() + pack * 2 * kPack, packs); }
 
     // Moments of the first channels, of `count` values each. Below zero by rounding only; a NaN stays one.
     void moments(int64_t count, int64_t channels, double* mean, double* m2) const {

@@ -237,7 +237,6 @@ class Convolution {
                 numbers &= load(band, loaded, loaded - first, loaded >= own && loaded < own_end);
             ask_for(band.sample, until, std::min(until + together * s_.vertical_stride, own_end));
             multiply(band, begin, end, begin == 0, deviations);
-            if (deviations) deviations->settle();
         }
         return numbers;
     }
@@ -274,6 +273,7 @@ class Convolution {
         alignas(64) int32_t sums[kPixels * 2 * kPack];
         for (int64_t c = 0; c < s_.out_channels; c += 2 * kPack) {
             const int64_t vectors = std::min<int64_t>(2, (s_.out_channels - c) / kPack);
+            int64_t unsettled = 0;
             for (int64_t row = begin; row < end; ++row)
                 for (int64_t tile = 0; tile < tiles; ++tile) {
                     const int64_t x = tile * s_.out_width / tiles, pixels = (tile + 1) * s_.out_width / tiles - x;
@@ -288,13 +288,14 @@ class Convolution {
                                       s_.out_channels,
                                       deviations ? deviations->of(c / kPack) : nullptr,
                                       first && row == begin && tile == 0};
-                    if constexpr (std::is_same_v<T, float>) {
-                        if (streams_) {
-                            finish_streaming(sums, pixels, vectors, to);
-                            continue;
-                        }
-                    }
-                    finish(sums, pixels, vectors, to);
+                    if constexpr (std::is_same_v<T, float>)
+                        streams_ ? finish_streaming(sums, pixels, vectors, to) : finish(sums, pixels, vectors, to);
+                    else
+                        finish(sums, pixels, vectors, to);
+                    unsettled += pixels;
+                    const bool last = row + 1 == end && tile + 1 == tiles;
+                    if (deviations && (unsettled + kPixels > kBlockPixels || last))
+                        deviations->settle(c / kPack, vectors), unsettled = 0;
                 }
         }
     }

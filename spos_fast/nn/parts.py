@@ -213,7 +213,8 @@ class HeadPart(Part):
     """The end of a supernet: its last convolution, then its classifier.
 
     A pointwise convolution with normalisation and ReLU runs with the ops ``pw_bnstats`` and ``bn_normalize``. Nothing
-    behind its normalisation takes statistics, so calibration stops there.
+    behind its normalisation takes statistics, so calibration stops there; where there is no last convolution
+    (``nn.Identity``), before it begins.
 
     Args:
         net: whose end it is.
@@ -227,6 +228,7 @@ class HeadPart(Part):
         # None unless the last convolution does what the ops do.
         self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
         self.fuses = self._convolution is not None
+        self._nothing = type(last) is nn.Identity and not any(map(fused.changed, (last, *self.classifier.modules())))
 
     def concurrent(self, images: Tensor) -> bool:
         """Likewise; the classifier must be made of layers that threads can share, with nobody looking on."""
@@ -235,11 +237,14 @@ class HeadPart(Part):
             return False
         kinds = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity, nn.Flatten)
         layers = [*net.dropout.modules(), *net.classifier.modules()]
-        return super().concurrent(images) and all(type(x) in kinds and not fused.changed(x) for x in layers)
+        shared = self._nothing or super().concurrent(images)
+        return shared and all(type(x) in kinds and not fused.changed(x) for x in layers)
 
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
         """For each batch its statistics, and no output."""
         convolution, x = self._convolution, inputs[0]
+        if self._nothing and not self.norms:
+            return [(None, Moments([], [], [])) for _ in inputs]
         if convolution is None or not _taken(inputs) or not fused.has_kernel("pw_bnstats", x):
             return [self._calibrate_modules(x) for x in inputs]
         values = x.numel() // x.shape[1]
@@ -251,18 +256,23 @@ class HeadPart(Part):
     def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
         """Logits for each batch, normalised by given statistics."""
         convolution, x = self._convolution, inputs[0]
+        if self._nothing and not self.norms:
+            return [self._classify(x.clone()) for x in inputs]  # a classifier may write to its input
         if convolution is None or not _taken(inputs) or not fused.has_kernel("bn_normalize", x):
             return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]
         logits = []
         for x, given in zip(inputs, statistics, strict=True):
-            # On the CPU bits must not depend on how many threads there are, as oneDNN's and MKL's do.
             on_cpu = x.device.type == "cpu"
             z = ops.pw_bnstats(x, convolution.weight).z if on_cpu else functional.conv2d(x, convolution.weight)
             scale, shift = cast(Tensor, given.scale), cast(Tensor, given.shift)
             y = ops.bn_normalize(z, scale[None], shift[None], relu=True)
-            with one_thread() if on_cpu else nullcontext():
-                logits.append(self.classifier(y))
+            logits.append(self._classify(y))
         return logits
+
+    def _classify(self, x: Tensor) -> Tensor:
+        # On the CPU bits must not depend on how many threads there are, as oneDNN's and MKL's do.
+        with one_thread() if x.device.type == "cpu" else nullcontext():
+            return cast(Tensor, self.classifier(x))
 
 
 class _Classifier(nn.Module):

@@ -17,7 +17,7 @@ from spos_fast.errors import InputError
 from spos_fast.nn import fused
 from spos_fast.nn.quant_act import Bits, Index, QuantAct, check_name, checked_bits, keeping_precision, start_steps
 from spos_fast.nn.sliced import SlicedConv2d
-from spos_fast.ops import BNStats, PackedConv2d, quant_conv2d, quantize_weights, sliced_conv2d
+from spos_fast.ops import BNStats, PackedConv2d, integer_conv, quant_conv2d, quantize_weights, sliced_conv2d
 from spos_fast.ops.quant_codes import ACTIVATION_MODES
 from spos_fast.ops.quantize_weights import MODES as WEIGHT_MODES
 from spos_fast.ops.quantizers import MODES
@@ -239,6 +239,12 @@ class QuantConv2d(SlicedConv2d):
             and self.padding_mode == "zeros"
             and (torch.compiler.is_compiling() or not fused.changed(act))
         )
+
+    def on_integers(self, weight_index: int) -> bool:
+        """Whether it runs on integers on the CPU with these weights: with bits that do not depend on threads."""
+        bits, most = self.weight_bits[weight_index], max(self.act.bits)
+        whole = integer_conv.on_integers(self.weight, bits, self.weight_quantizer, most)
+        return self.on_codes and whole and integer_conv.available()
 
     def convolve(
         self,

@@ -40,6 +40,12 @@ class QuantPart(Part):
         alike = {(norm.eps, norm.affine, norm.running_mean is None) for norm in norms}
         return all(layer.on_codes for layer in convolutions) and len(alike) == 1 and norms[0].running_mean is not None
 
+    def concurrent(self, images: Tensor) -> bool:
+        """Likewise; what runs in floats gives other bits with other numbers of threads."""
+        block, (_, weight_index, _) = self.module, cast("tuple[int, int, int]", self.setting)
+        layers = [layer for layer in block.modules() if isinstance(layer, QuantConv2d)]
+        return super().concurrent(images) and all(layer.on_integers(weight_index) for layer in layers)
+
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
         """For batches of one shape the outputs, normalised by the batch's own statistics, and these.
 

@@ -130,10 +130,14 @@ class _MaxPool:
 
     def _make_room(self, images: int, z: Tensor) -> None:
         shape = self._pool(z.to("meta")).shape[1:]
-        if len(self._out) < images or self._out.shape[1:] != shape or self._out.dtype != z.dtype:
-            last = torch.channels_last
-            self._out = torch.empty([images, *shape], dtype=z.dtype, device=z.device, memory_format=last)
-            self._indices = torch.empty([len(z), *shape], dtype=torch.int64, device=z.device, memory_format=last)
+
+        def room(kept: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+            fits = len(kept) >= count and kept.shape[1:] == shape and kept.dtype == dtype and kept.device == z.device
+            if fits and kept.is_inference() == torch.is_inference_mode_enabled():
+                return kept
+            return torch.empty([count, *shape], dtype=dtype, device=z.device, memory_format=torch.channels_last)
+
+        self._out, self._indices = room(self._out, images, z.dtype), room(self._indices, len(z), torch.int64)
 
 
 def _last(x: Tensor) -> Tensor:

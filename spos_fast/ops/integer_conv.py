@@ -35,6 +35,9 @@ class Settings(NamedTuple):
 Activation = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, str]
 
 
+_LARGEST_PRODUCT = 255 * 128  # of the codes of an activation and a weight
+
+
 class Filters(NamedTuple):
     """Quantized weights as :func:`quantized_convolution` takes them.
 
@@ -74,6 +77,13 @@ def most_activation_bits() -> int:
     return 8 if torch.cpu._is_vnni_supported() else 7
 
 
+def on_integers(weight: Tensor, bits: int, mode: str, act_bits: int) -> bool:
+    """Whether weights [C_out, C_in / groups, kh, kw] with these bits have codes of int8, of which no sum overflows."""
+    fits = mode == "lsq" or bits < 8  # DoReFa's codes are the odd numbers from 1 - 2^k to 2^k - 1
+    fits &= act_bits <= most_activation_bits() and statistics_dtype(weight) == torch.float32
+    return fits and weight[0].numel() * _LARGEST_PRODUCT < 2**31
+
+
 def fake_weights(
     weight: Tensor, step: Tensor | None, bits: Tensor, index: Tensor, mode: str, per_channel: bool
 ) -> Tensor:
@@ -105,12 +115,10 @@ def pack(
         act_bits: the most that activations will have.
         size: of such activations, [N, C, H, W]: the best order of the weights depends on it.
     """
-    wide = statistics_dtype(weight)
-    fits = mode == "lsq" or int(bits[index]) < 8  # DoReFa's codes are the odd numbers from 1 - 2^k to 2^k - 1
-    fits &= act_bits <= most_activation_bits() and wide == torch.float32
+    fits = on_integers(weight, int(bits[index]), mode, act_bits)
     fused = fits and fuses() and _suits(weight, settings)
     if not (fused or (fits and available())):
-        values = fake_weights(weight, step, bits, index, mode, per_channel).to(wide)
+        values = fake_weights(weight, step, bits, index, mode, per_channel).to(statistics_dtype(weight))
         return Filters(values, values.new_ones(len(weight)), settings, "floats")
     codes, scale = weight_codes(weight, step, bits, index, mode, per_channel)
     if fused:
@@ -121,9 +129,8 @@ def pack(
 
 
 def _suits(weight: Tensor, settings: Settings) -> bool:
-    """Whether integer_conv2d takes such weights, and no sum of theirs overflows."""
-    out, channels = weight.shape[:2]
-    whole = out % 16 == 0 and channels % 4 == 0 and weight[0].numel() * 255 * 128 < 2**31
+    """Whether integer_conv2d takes such weights."""
+    whole = weight.shape[0] % 16 == 0 and weight.shape[1] % 4 == 0
     return whole and settings.groups == 1 and all(distance == 1 for distance in settings.dilation)
 
 
@@ -180,7 +187,8 @@ def _on_floats(
 ) -> Tensor:
     values = codes.to(step.dtype).mul_(step)
     weight = filters.values if scale is None else filters.values * scale[:, None, None, None]
-    out = functional.conv2d(values, weight, bias, *filters.settings)
+    with torch.autocast("cpu", enabled=False):  # codes and steps are as exact as they are meant to be
+        out = functional.conv2d(values, weight, bias, *filters.settings)
     return out.relu_() if relu else out
 
 
@@ -196,11 +204,10 @@ def _by_onednn(
     made = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     steps, zero = filters.scale * step, torch.zeros_like(filters.scale, dtype=torch.int32)
     steps = steps if scale is None else steps * scale
-    behind = "relu" if relu else "none"
     out: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        codes, 1.0, 0, filters.values, steps, zero, bias, *filters.settings, 1.0, 0, made, behind, [], ""
+        codes, 1.0, 0, filters.values, steps, zero, bias, *filters.settings, 1.0, 0, made, "none", [], ""
     )
-    return out
+    return out.relu_() if relu else out  # oneDNN's own makes NaN 0
 
 
 def channels_last(x: Tensor) -> Tensor:

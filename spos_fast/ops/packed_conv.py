@@ -17,8 +17,8 @@ from spos_fast.ops.quant_call import as_call
 class PackedConv2d:
     """:func:`spos_fast.ops.quant_conv2d` without gradients, for many calls with the same weights and bits.
 
-    Weights are quantized and packed at the first call (for oneDNN again where the size of the images changes). They are
-    those of that time: an object is of no use once they have moved. On the CPU.
+    Weights are quantized and packed at the first call, and again where the images' channels (for oneDNN, their size)
+    change. They are those of that time: an object is of no use once they have moved. On the CPU.
 
     Args:
         weight: [stored out, stored in / groups, kh, kw].
@@ -66,11 +66,11 @@ class PackedConv2d:
         arguments = self._arguments | dict(act_index=act_index, scale=scale, shift=shift, statistics=False)
         call = as_call(x, self._weight, self._bias, **arguments)
         check_image("x", x)
-        filters = self._filters
-        if filters is None or (filters.runs == "onednn" and self._size != call.x.shape[1:]):
+        filters, size = self._filters, call.x.shape[1:]
+        if filters is None or self._size != (size if filters.runs == "onednn" else size[:1]):
             most = int(call.act_bits.max())
             filters = self._filters = pack(call.weight, *call.weights, call.settings, most, call.x.shape)
-            self._size = call.x.shape[1:]
+            self._size = size if filters.runs == "onednn" else size[:1]
         bias = call.bias if out_scale is None or call.bias is None else call.bias * out_scale
         if out_shift is not None:
             bias = out_shift if bias is None else bias + out_shift

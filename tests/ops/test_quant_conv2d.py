@@ -334,6 +334,25 @@ def test_fused_convolution_refuses() -> None:
         run(x.requires_grad_(), *rest)[0].sum().backward()
 
 
+@FUSED
+def test_fused_moments_of_wide_rows() -> None:
+    """Sums in single precision are of few pixels, however long a row is."""
+    _, *rest = SAMPLES["integer_conv2d"]()[0]
+    wide = torch.rand(1, 20, 1, 100_000, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=LAST)
+    out, mean, m2, *_ = OPS["integer_conv2d"].overload(wide, *rest)
+    exact = out.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m2.double(), exact.var((0, 2, 3), correction=0) * exact[0, 0].numel(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("out", [16, 17])
+def test_sums_that_would_overflow_run_in_floats(out: int) -> None:
+    """Sums of products of codes beyond 32 bits are no integers' business."""
+    x, weight = torch.full((1, 8192, 3, 3), 9.0), torch.ones(out, 8192, 3, 3)
+    made = ops.quant_conv2d(x, weight, act_step=torch.tensor([1.0]), act_bits=8, weight_bits=7)
+    torch.testing.assert_close(made, torch.full_like(made, 8192 * 9.0), rtol=1e-5, atol=0)
+
+
 def test_without_vnni_or_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines that cannot add products of 8 bits, or have no convolution on integers: the same values, in float."""
     given = Given(act=8, weight=7)
@@ -360,6 +379,19 @@ def test_packed_weights() -> None:
         made = packed(x, bits - 1, **affine)
         assert not made.requires_grad
         assert torch.equal(made, given.ours(x=x, act_index=bits - 1, out_channels=7))
+
+
+@pytest.mark.parametrize("out", [16, 17])
+def test_packed_weights_keep_nan_and_take_other_channels(out: int) -> None:
+    """A NaN is none that the ReLU behind swallows; what fits the stored channels is packed anew."""
+    settings = Given("3x3").settings | dict(weight_step=None, weight_bits=4, weight_index=0, weight_mode="dorefa")
+    settings |= dict(act_step=torch.ones(1), act_bits=4, act_mode="pact", per_channel=False, in_channels=None)
+    packed = ops.PackedConv2d(torch.randn(out, 32, 3, 3), None, out_channels=None, **settings)
+    x = torch.rand(2, 32, 5, 5)
+    assert packed(x, relu=True).isfinite().all()
+    x[0, 0, 0, 0] = torch.nan
+    assert packed(x, relu=True).isnan().all()
+    assert packed(torch.rand(2, 16, 5, 5)).shape == (2, out, 5, 5)
 
 
 def test_opcheck() -> None:

@@ -60,9 +60,9 @@ def quant_conv2d(
     ``conv2d(fake_quant(scale * x + shift), quantize_weights(weight), bias)``, see :func:`fake_quant` and
     :func:`quantize_weights`. On the CPU it runs on integer codes where these fit (weights of up to 7 bits, with LSQ 8;
     activations of up to 8 bits, on machines without VNNI 7; sums within 32 bits): the sums are then exact, only scaling
-    them rounds; a NaN in x makes the whole result NaN. Elsewhere on the CPU it is a convolution of fake-quantized values.
-    On a GPU it is Triton's product of int8 codes, for all bit-widths, and with ``groups`` PyTorch's convolution of codes as
-    floats. Differentiable once.
+    them rounds, and a NaN in x makes the whole result NaN. Elsewhere on the CPU it is a convolution of fake-quantized
+    values. On a GPU it is Triton's product of int8 codes, for all bit-widths, and with ``groups`` PyTorch's convolution
+    of codes as floats. Differentiable once.
 
     Args:
         x: [N, C, H, W], N can be 0; float32, float64, float16 or bfloat16. Under autocast it is cast to its dtype.

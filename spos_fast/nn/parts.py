@@ -228,7 +228,8 @@ class HeadPart(Part):
         # None unless the last convolution does what the ops do.
         self._convolution = found[0] if found is not None and [found[1]] == self.norms else None
         self.fuses = self._convolution is not None
-        self._nothing = type(last) is nn.Identity and not any(map(fused.changed, (last, *self.classifier.modules())))
+        untouched = not any(map(fused.changed, (last, *self.classifier.modules())))
+        self._only_classifies = type(last) is nn.Identity and not self.norms and untouched
 
     def concurrent(self, images: Tensor) -> bool:
         """Likewise; the classifier must be made of layers that threads can share, with nobody looking on."""
@@ -237,13 +238,13 @@ class HeadPart(Part):
             return False
         kinds = (nn.Linear, nn.Sequential, nn.Dropout, nn.Identity, nn.Flatten)
         layers = [*net.dropout.modules(), *net.classifier.modules()]
-        shared = self._nothing or super().concurrent(images)
+        shared = self._only_classifies or super().concurrent(images)
         return shared and all(type(x) in kinds and not fused.changed(x) for x in layers)
 
     def calibrate(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, Moments]]:
         """For each batch its statistics, and no output."""
         convolution, x = self._convolution, inputs[0]
-        if self._nothing and not self.norms:
+        if self._only_classifies:
             return [(None, Moments([], [], [])) for _ in inputs]
         if convolution is None or not _taken(inputs) or not fused.has_kernel("pw_bnstats", x):
             return [self._calibrate_modules(x) for x in inputs]
@@ -256,7 +257,7 @@ class HeadPart(Part):
     def infer(self, inputs: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[Tensor]:
         """Logits for each batch, normalised by given statistics."""
         convolution, x = self._convolution, inputs[0]
-        if self._nothing and not self.norms:
+        if self._only_classifies:
             return [self._classify(x.clone()) for x in inputs]  # a classifier may write to its input
         if convolution is None or not _taken(inputs) or not fused.has_kernel("bn_normalize", x):
             return [self._infer_modules(*pair) for pair in zip(inputs, statistics, strict=True)]

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from spos_fast.ops.batchnorm import bn_moments
-from spos_fast.ops.channels import LAST
 from spos_fast.ops.dispatch import OPS
-from spos_fast.ops.integer_conv2d import integer_conv2d, pack_codes
+from spos_fast.ops.integer_conv2d import integer_conv2d, moments_or_none, pack_codes
+from spos_fast.ops.layout import packed_channels_last
 from spos_fast.ops.quant_codes import quantize_codes, weight_codes
 from spos_fast.ops.unit_layers import statistics_dtype
 
@@ -46,12 +46,14 @@ class Filters(NamedTuple):
         scale: [C_out], float32: the weights' steps.
         settings: of the convolution.
         runs: "fused" (integer_conv2d), "onednn" or "floats".
+        size: of the images that they are for: [C], or, where the order depends on it, [C, H, W].
     """
 
     values: Tensor
     scale: Tensor
     settings: Settings
     runs: str
+    size: Sequence[int]
 
 
 @functools.cache
@@ -119,13 +121,13 @@ def pack(
     fused = fits and fuses() and _suits(weight, settings)
     if not (fused or (fits and available())):
         values = fake_weights(weight, step, bits, index, mode, per_channel).to(statistics_dtype(weight))
-        return Filters(values, values.new_ones(len(weight)), settings, "floats")
+        return Filters(values, values.new_ones(len(weight)), settings, "floats", size[1:2])
     codes, scale = weight_codes(weight, step, bits, index, mode, per_channel)
     if fused:
-        return Filters(pack_codes(codes), scale, settings, "fused")
+        return Filters(pack_codes(codes), scale, settings, "fused", size[1:2])
     neutral = scale.new_ones(1)  # the real ones, which depend on the activations, come with each call
     packed = torch.ops.onednn.qconv_prepack(codes, neutral, 1.0, 0, *settings, size)
-    return Filters(packed, scale, settings, "onednn")
+    return Filters(packed, scale, settings, "onednn", size[1:])
 
 
 def _suits(weight: Tensor, settings: Settings) -> bool:
@@ -174,12 +176,8 @@ def quantized_convolution(
         return cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", made)
     codes, step = quantize_codes(x, *activation)
     run = _on_floats if filters.runs == "floats" else _by_onednn
-    out = channels_last(run(codes, step, filters, bias, x.dtype, out_scale, relu).to(x.dtype))
-    if not statistics:
-        empty = out.new_empty(0, dtype=statistics_dtype(out))
-        return out, empty, empty.clone(), codes, step
-    mean, m2 = bn_moments(out, 1)
-    return out, mean[0], m2[0], codes, step
+    out = packed_channels_last(run(codes, step, filters, bias, x.dtype, out_scale, relu).to(x.dtype))
+    return out, *moments_or_none(out, statistics, bn_moments), codes, step
 
 
 def _on_floats(
@@ -208,11 +206,3 @@ def _by_onednn(
         codes, 1.0, 0, filters.values, steps, zero, bias, *filters.settings, 1.0, 0, made, "none", [], ""
     )
     return out.relu_() if relu else out  # oneDNN's own makes NaN 0
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """With the strides of channels last in all dimensions, also in those of size 1."""
-    _, c, h, w = x.shape
-    if x.stride() == (h * w * c, 1, w * c, c):
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=LAST).copy_(x)

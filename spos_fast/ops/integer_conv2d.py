@@ -6,7 +6,7 @@ CPU only, for machines with AVX-512 and VNNI; elsewhere it is right and slow: :m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from spos_fast.errors import InputError
 from spos_fast.ops.batchnorm import bn_moments_reference
 from spos_fast.ops.channels import LAST
 from spos_fast.ops.dispatch import define_op, not_differentiable
+from spos_fast.ops.layout import packed_channels_last
 from spos_fast.ops.quant_codes import quantize_codes_reference
 from spos_fast.ops.unit_layers import statistics_dtype
 
@@ -88,14 +89,26 @@ def integer_conv2d_reference(
     out = sums * (step * out_scale)[:, None, None]
     if out_shift is not None:
         out = out + out_shift[:, None, None]
-    out = (out.relu() if relu else out).to(x.dtype).contiguous(memory_format=LAST)
-    mean, m2 = (values[0] for values in bn_moments_reference(out, 1)) if statistics else _none(x)
-    return out, mean, m2, codes if keep_codes else codes.new_empty(0), step
+    out = packed_channels_last((out.relu() if relu else out).to(x.dtype))
+    moments = moments_or_none(out, statistics, bn_moments_reference)
+    return out, *moments, packed_channels_last(codes) if keep_codes else codes.new_empty(0), step
 
 
-def _none(x: Tensor) -> tuple[Tensor, Tensor]:
-    empty = x.new_empty(0, dtype=statistics_dtype(x))
-    return empty, empty.clone()
+def moments_or_none(
+    out: Tensor, wanted: bool, moments: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Mean and m2 of a result, [C]; empty if nobody wants them.
+
+    Args:
+        out: [N, C, H, W].
+        wanted: whether somebody does.
+        moments: bn_moments, or what defines it.
+    """
+    if not wanted:
+        empty = out.new_empty(0, dtype=statistics_dtype(out))
+        return empty, empty.clone()
+    mean, m2 = moments(out, 1)
+    return mean[0], m2[0]
 
 
 def _check_channels(out_channels: int, in_channels: int) -> None:

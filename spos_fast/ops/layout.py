@@ -23,3 +23,11 @@ def channels_last(x: Tensor, op: str, name: str = "x") -> Tensor:
             stacklevel=4,
         )
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def packed_channels_last(x: Tensor) -> Tensor:
+    """With the strides of channels last in all dimensions, also in those of size 1."""
+    _, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)

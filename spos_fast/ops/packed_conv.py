@@ -30,7 +30,6 @@ class PackedConv2d:
     def __init__(self, weight: Tensor, bias: Tensor | None, **arguments: Any) -> None:
         self._weight, self._bias, self._arguments = weight, bias, arguments
         self._filters: Filters | None = None
-        self._size: torch.Size | None = None  # of the images that they are packed for
 
     @torch.no_grad()
     def __call__(
@@ -66,11 +65,10 @@ class PackedConv2d:
         arguments = self._arguments | dict(act_index=act_index, scale=scale, shift=shift, statistics=False)
         call = as_call(x, self._weight, self._bias, **arguments)
         check_image("x", x)
-        filters, size = self._filters, call.x.shape[1:]
-        if filters is None or self._size != (size if filters.runs == "onednn" else size[:1]):
+        filters = self._filters
+        if filters is None or call.x.shape[1 : 1 + len(filters.size)] != filters.size:
             most = int(call.act_bits.max())
             filters = self._filters = pack(call.weight, *call.weights, call.settings, most, call.x.shape)
-            self._size = size if filters.runs == "onednn" else size[:1]
         bias = call.bias if out_scale is None or call.bias is None else call.bias * out_scale
         if out_shift is not None:
             bias = out_shift if bias is None else bias + out_shift

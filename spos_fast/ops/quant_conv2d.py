@@ -18,17 +18,12 @@ from spos_fast.ops.batchnorm import bn_moments_reference
 from spos_fast.ops.blocks import BNStats
 from spos_fast.ops.channels import LAST, affine
 from spos_fast.ops.dispatch import LIBRARY, define_op
-from spos_fast.ops.integer_conv import (
-    Settings,
-    channels_last,
-    fake_weights,
-    pack,
-    quantized_convolution,
-)
+from spos_fast.ops.integer_conv import Settings, fake_weights, pack, quantized_convolution
+from spos_fast.ops.integer_conv2d import moments_or_none
+from spos_fast.ops.layout import packed_channels_last
 from spos_fast.ops.quant_call import Call, as_call, check
 from spos_fast.ops.quant_codes import quantize_codes_backward, quantize_codes_reference
 from spos_fast.ops.sliced import Pair
-from spos_fast.ops.unit_layers import statistics_dtype
 
 
 def quant_conv2d(
@@ -128,7 +123,7 @@ def _of_no_images(call: Call) -> Tensor:
     values = torch.ops.spos_fast.fake_quant(affine(call.x, scale, shift), step, None, bits, index, mode, False, -1)
     filters, dtype = fake_weights(call.weight, *call.weights), call.x.dtype
     bias = None if call.bias is None else call.bias.to(dtype)
-    return channels_last(functional.conv2d(values.to(dtype), filters.to(dtype), bias, *call.settings))
+    return packed_channels_last(functional.conv2d(values.to(dtype), filters.to(dtype), bias, *call.settings))
 
 
 def quant_conv2d_reference(*arguments: Any) -> tuple[Tensor, ...]:
@@ -145,8 +140,8 @@ def quant_conv2d_reference(*arguments: Any) -> tuple[Tensor, ...]:
     codes, step = quantize_codes_reference(call.x, *call.activation)
     values, filters = codes.to(step.dtype) * step, fake_weights(call.weight, *call.weights).to(step.dtype)
     bias = None if call.bias is None else call.bias.to(step.dtype)
-    out = channels_last(functional.conv2d(values, filters, bias, *call.settings).to(call.x.dtype))
-    return out, *_moments(out, call.statistics), codes, step
+    out = packed_channels_last(functional.conv2d(values, filters, bias, *call.settings).to(call.x.dtype))
+    return out, *moments_or_none(out, call.statistics, bn_moments_reference), codes, step
 
 
 def _on_codes(*arguments: Any) -> tuple[Tensor, ...]:
@@ -156,15 +151,6 @@ def _on_codes(*arguments: Any) -> tuple[Tensor, ...]:
     return quantized_convolution(
         call.x, call.activation, filters, call.bias, statistics=call.statistics, keep_codes=True
     )
-
-
-def _moments(out: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
-    """Mean and m2, [C]; empty if nobody wants them."""
-    if not statistics:
-        empty = out.new_empty(0, dtype=statistics_dtype(out))
-        return empty, empty.clone()
-    mean, m2 = bn_moments_reference(out, 1)
-    return mean[0], m2[0]
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@
 namespace spos::cpu {
 namespace {
 
-constexpr int64_t kRowsAhead = 4;  // how early the input is asked for
+constexpr int64_t kRowsAhead = 2;  // how early the input is asked for
 
 template <typename T>
 class DepthwiseForward {
@@ -19,8 +19,9 @@ class DepthwiseForward {
     explicit DepthwiseForward(const Depthwise<T>& layer)
         : l_(layer),
           w_(layer.window),
+          out_height_(w_.out_height()),
           out_width_(w_.out_width()),
-          tasks_(w_.samples, w_.out_height(), out_width_, w_.channels),
+          tasks_(w_.samples, out_height_, out_width_, w_.channels),
           rows_at_once_(divide_up(kBlock / 2, out_width_)),
           weights_(pack_depthwise<A>(layer.weight, w_.channels, w_.kernel, false)) {}
 
@@ -48,27 +49,22 @@ class DepthwiseForward {
 
   private:
     int64_t pixel(const Task& task, int64_t row) const { return (task.sample * w_.height + row) * w_.width; }
-    int64_t out_pixel(const Task& task, int64_t row) const {
-        return (task.sample * w_.out_height() + row) * out_width_;
-    }
+    int64_t out_pixel(const Task& task, int64_t row) const { return (task.sample * out_height_ + row) * out_width_; }
 
     void band(const Task& task, const Task& next, RowWindow<A>& window, A* results, Deviations<A>& deviations) const {
         const int64_t packs = divide_up(task.width, kPack), halo = w_.kernel / 2;
         const int64_t limit = std::min(w_.height, (task.end - 1) * w_.stride + halo + 1);
-        int64_t seen = std::max<int64_t>(0, task.top * w_.stride - halo);
         window.start();
         for (int64_t y = task.top; y < task.end; ++y) {
-            const int64_t centre = y * w_.stride, reach = std::min(w_.height, centre + halo + 1);
-            for (; seen < reach; ++seen) prefetch(task, next, seen + kRowsAhead, limit);
-            prefetch_rows<true>(l_.z + out_pixel(task, y) * l_.z_pitch + task.channel, l_.z_pitch * sizeof(T),
-                                out_width_, task.width * sizeof(T));
+            const int64_t centre = y * w_.stride;
             window.cover(centre - halo, centre - halo + w_.kernel, packs, [&](int64_t row, int64_t pack, A* to) {
                 const int64_t c = pack * kPack;
+                const T* soon = ahead(task, next, row + kRowsAhead, limit, c);
                 // A row of x is read once, by the copy: what is taken out of it next is in the cache.
                 if (pack == 0 && l_.passing.x && row >= task.top && row < task.end)
-                    l_.passing.copy(pixel(task, row), w_.width, task.channel, task.width);
+                    l_.passing.copy(pixel(task, row), w_.width, task.channel, task.width, soon);
                 l_.input.load(pixel(task, row), 1, w_.width, task.channel + c, std::min(kPack, task.width - c), to,
-                              kPack);
+                              kPack, soon);
             });
             for (int64_t pack = 0; pack < packs; ++pack) output(task, y, pack, window, results, deviations.of(pack));
             if ((y - task.top + 1) % rows_at_once_ == 0 || y + 1 == task.end) deviations.settle();
@@ -88,19 +84,18 @@ class DepthwiseForward {
             store_rows(static_cast<const A*>(results), kPack, out_width_, used, z, l_.z_pitch, false);
     }
 
-    // Asks for an input row of the task or, behind its last one, of the next task.
-    void prefetch(const Task& task, const Task& next, int64_t row, int64_t limit) const {
-        const int64_t next_top = std::max<int64_t>(0, next.top * w_.stride - w_.kernel / 2);
+    // Where the input's row lies of one pack of channels of the task or, behind its last row, of the next task.
+    const T* ahead(const Task& task, const Task& next, int64_t row, int64_t limit, int64_t channel) const {
         const Task& which = row < limit ? task : next;
-        if (row >= limit) row += next_top - limit;
-        if (row >= w_.height) return;
-        prefetch_rows<false>(l_.input.start + pixel(which, row) * l_.input.pitch + which.channel * l_.input.step,
-                             l_.input.pitch * sizeof(T), w_.width, which.width * l_.input.step * sizeof(T));
+        if (row >= limit)
+            row = std::min(row - limit + std::max<int64_t>(0, next.top * w_.stride - w_.kernel / 2), w_.height - 1);
+        channel = std::min(channel, (which.width - 1) / kPack * kPack);
+        return l_.input.start + pixel(which, row) * l_.input.pitch + (which.channel + channel) * l_.input.step;
     }
 
     const Depthwise<T>& l_;
     const Window& w_;
-    int64_t out_width_;
+    int64_t out_height_, out_width_;
     BandTasks tasks_;
     int64_t rows_at_once_;
     Lines<A> weights_;

@@ -41,7 +41,12 @@ class RowWindow {
     int64_t first() const { return first_; }
     int64_t count() const { return count_; }
     const A* const* rows(int64_t pack, int64_t skipped = 0) {
-        for (int64_t i = 0; i < count_; ++i) rows_[i] = row(top_ + i, pack) + skipped * kPack;
+        const A* start = values_.data() + pack * kernel_ * length_ + skipped * kPack;
+        int64_t slot = top_ % kernel_;
+        for (int64_t i = 0; i < count_; ++i) {
+            rows_[i] = start + slot * length_;
+            slot = slot + 1 == kernel_ ? 0 : slot + 1;
+        }
         return rows_.data();
     }
 

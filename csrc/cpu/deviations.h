@@ -42,6 +42,13 @@ SPOS_SIMD_INLINE void add_deviations(const Pack* values, int64_t count, int64_t 
 void settle_deviations(float* deviations, double* totals, int64_t packs);
 void settle_deviations(double* deviations, double* totals, int64_t packs);
 
+// Means and second moments of the first channels of some packs, of `count` values each, from deviations and totals.
+// Below zero by rounding only; a NaN stays one.
+void deviation_moments(const float* deviations, const double* totals, int64_t count, int64_t channels, double* mean,
+                       double* m2);
+void deviation_moments(const double* deviations, const double* totals, int64_t count, int64_t channels, double* mean,
+                       double* m2);
+
 // What one task gathers of some packs of channels. Sums of a block are kept as the values are, those of all blocks in
 // double.
 template <typename A>
@@ -58,16 +65,8 @@ class Deviations {
     // That of some packs.
     void settle(int64_t pack, int64_t packs) { settle_deviations(of(pack), total_.data() + pack * 2 * kPack, packs); }
 
-    // Moments of the first channels, of `count` values each. Below zero by rounding only; a NaN stays one.
     void moments(int64_t count, int64_t channels, double* mean, double* m2) const {
-        const double inverse = 1.0 / static_cast<double>(count);
-        for (int64_t c = 0; c < channels; ++c) {
-            const int64_t pack = c / kPack, lane = c % kPack;
-            const double* total = total_.data() + pack * 2 * kPack + lane;
-            const double second = total[kPack] - total[0] * total[0] * inverse;
-            mean[c] = current_[pack * kDeviations + lane] + total[0] * inverse;
-            m2[c] = second < 0 ? 0 : second;
-        }
+        deviation_moments(current_.data(), total_.data(), count, channels, mean, m2);
     }
 
   private:

@@ -21,13 +21,13 @@ struct Input {
     bool relu = false;
 
     // `pixels` pixels, `apart` from one another, of some channels.
-    void load(int64_t pixel, int64_t apart, int64_t pixels, int64_t channel, int64_t channels, A* to,
-              int64_t to_pitch) const {
+    void load(int64_t pixel, int64_t apart, int64_t pixels, int64_t channel, int64_t channels, A* to, int64_t to_pitch,
+              const T* ahead = nullptr) const {
         const T* from = start + pixel * pitch + channel * step;
         if (scale && step == 1)
             return scale_and_shift(from, pitch * apart, pixels, channels, scale + channel, shift + channel, relu, to,
-                                   to_pitch);
-        copy_channels(from, pitch * apart, step, pixels, channels, to, to_pitch);
+                                   to_pitch, false, ahead);
+        copy_channels(from, pitch * apart, step, pixels, channels, to, to_pitch, ahead);
         if (scale)
             scale_and_shift(static_cast<const A*>(to), to_pitch, pixels, channels, scale + channel, shift + channel,
                             relu, to, to_pitch);
@@ -43,10 +43,10 @@ struct Passing {
     int64_t out_pitch = 0;
     bool stream = false;  // `out` is written past the caches
 
-    void copy(int64_t pixel, int64_t pixels, int64_t channel, int64_t channels) const {
+    void copy(int64_t pixel, int64_t pixels, int64_t channel, int64_t channels, const T* ahead = nullptr) const {
         if (x)
             copy_even_channels(x + pixel * x_pitch + 2 * channel, x_pitch, pixels, channels,
-                               out + pixel * out_pitch + channel, out_pitch, stream);
+                               out + pixel * out_pitch + channel, out_pitch, stream, ahead);
     }
 };
 

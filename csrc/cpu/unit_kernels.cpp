@@ -10,10 +10,13 @@ namespace spos::cpu {
 namespace {
 
 SPOS_SIMD_WIDE void even_stream(const float* x, int64_t pitch, int64_t pixels, int64_t channels, float* to,
-                                int64_t to_pitch) {
-    for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch)
-        for (int64_t c = 0; c < channels; c += kPack)
+                                int64_t to_pitch, const float* ahead) {
+    for (int64_t p = 0; p < pixels; ++p, x += pitch, to += to_pitch, ahead += pitch)
+        for (int64_t c = 0; c < channels; c += kPack) {
+            __builtin_prefetch(ahead + 2 * c);
+            __builtin_prefetch(ahead + 2 * c + kPack);
             stream_pack(to + c, even_lanes(load_pack(x + 2 * c), load_pack(x + 2 * c + kPack)));
+        }
     end_of_stream();
 }
 
@@ -46,7 +49,14 @@ SPOS_SIMD_INLINE void even_rows(const T* x, int64_t pitch, int64_t pixels, int64
 
 template <typename T, typename A>
 SPOS_SIMD_INLINE void copy_rows(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
-                                int64_t to_pitch) {
+                                int64_t to_pitch, const T* ahead) {
+    if (step == 1 && channels == kPack) {
+        for (int64_t p = 0; p < pixels; ++p) {
+            __builtin_prefetch(ahead + p * pitch);
+            store_pack(to + p * to_pitch, load_pack(from + p * pitch));
+        }
+        return;
+    }
     for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
         int64_t c = 0;
         if (step == 1)
@@ -59,7 +69,7 @@ SPOS_SIMD_INLINE void copy_rows(const T* from, int64_t pitch, int64_t step, int6
 
 template <bool kRelu, typename T, typename U, typename A>
 SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale,
-                                  const A* shift, U* to, int64_t to_pitch) {
+                                  const A* shift, U* to, int64_t to_pitch, const T* ahead) {
     using Pack = decltype(load_pack(scale));
     auto result = [](const Pack& value, const Pack& a, const Pack& b) __attribute__((always_inline)) {
         const Pack y = a * value + b, zero = {};
@@ -67,16 +77,19 @@ SPOS_SIMD_INLINE void affine_rows(const T* from, int64_t pitch, int64_t pixels, 
     };
     if (channels == kPack) {
         const Pack a = load_pack(scale), b = load_pack(shift);
-        for (int64_t p = 0; p < pixels; ++p) store_pack(to + p * to_pitch, result(load_pack(from + p * pitch), a, b));
+        for (int64_t p = 0; p < pixels; ++p) {
+            __builtin_prefetch(ahead + p * pitch);
+            store_pack(to + p * to_pitch, result(load_pack(from + p * pitch), a, b));
+        }
         return;
     }
-    constexpr int64_t kAhead = 8;
+    constexpr int64_t kSoon = 8;
     for (int64_t p = 0; p < pixels; ++p, from += pitch, to += to_pitch) {
-        const int64_t ahead = std::min(kAhead, pixels - 1 - p);
+        const int64_t soon = std::min(kSoon, pixels - 1 - p);
         int64_t c = 0;
         for (; c + kPack <= channels; c += kPack) {
-            __builtin_prefetch(from + ahead * pitch + c);
-            __builtin_prefetch(to + ahead * to_pitch + c, 1);
+            __builtin_prefetch(from + soon * pitch + c);
+            __builtin_prefetch(to + soon * to_pitch + c, 1);
             store_pack(to + c, result(load_pack(from + c), load_pack(scale + c), load_pack(shift + c)));
         }
         if (c < channels)
@@ -206,23 +219,46 @@ SPOS_SIMD_CLONES void settle_clone(double* deviations, double* totals, int64_t p
     settle(deviations, totals, packs);
 }
 
+template <typename A>
+SPOS_SIMD_INLINE void all_moments(const A* deviations, const double* totals, int64_t count, int64_t channels,
+                                  double* mean, double* m2) {
+    const double inverse = 1.0 / static_cast<double>(count);
+    auto one = [&](int64_t lane, int64_t c) __attribute__((always_inline)) {
+        const double sum = totals[lane], second = totals[kPack + lane] - sum * sum * inverse;
+        mean[c] = deviations[lane] + sum * inverse;
+        m2[c] = second < 0 ? 0 : second;
+    };
+    int64_t c = 0;
+    for (; c + kPack <= channels; c += kPack, deviations += kDeviations, totals += 2 * kPack)
+        for (int64_t lane = 0; lane < kPack; ++lane) one(lane, c + lane);
+    for (int64_t lane = 0; c + lane < channels; ++lane) one(lane, c + lane);
+}
+SPOS_SIMD_CLONES void moments_clone(const float* deviations, const double* totals, int64_t count, int64_t channels,
+                                    double* mean, double* m2) {
+    all_moments(deviations, totals, count, channels, mean, m2);
+}
+SPOS_SIMD_CLONES void moments_clone(const double* deviations, const double* totals, int64_t count, int64_t channels,
+                                    double* mean, double* m2) {
+    all_moments(deviations, totals, count, channels, mean, m2);
+}
+
 #define SPOS_STORAGE(T, A)                                                                                         \
     SPOS_SIMD_CLONES void even_clone(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to,           \
                                      int64_t to_pitch) {                                                           \
         even_rows(x, pitch, pixels, channels, to, to_pitch);                                                       \
     }                                                                                                              \
     SPOS_SIMD_CLONES void copy_clone(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, \
-                                     A* to, int64_t to_pitch) {                                                    \
-        copy_rows(from, pitch, step, pixels, channels, to, to_pitch);                                              \
+                                     A* to, int64_t to_pitch, const T* ahead) {                                    \
+        copy_rows(from, pitch, step, pixels, channels, to, to_pitch, ahead);                                       \
     }
 #define SPOS_CONVERSION(T, U, A)                                                                                       \
     SPOS_SIMD_CLONES void affine_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, \
-                                       const A* shift, U* to, int64_t to_pitch) {                                      \
-        affine_rows<false>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                 \
+                                       const A* shift, U* to, int64_t to_pitch, const T* ahead) {                      \
+        affine_rows<false>(from, pitch, pixels, channels, scale, shift, to, to_pitch, ahead);                          \
     }                                                                                                                  \
     SPOS_SIMD_CLONES void affine_relu_clone(const T* from, int64_t pitch, int64_t pixels, int64_t channels,            \
-                                            const A* scale, const A* shift, U* to, int64_t to_pitch) {                 \
-        affine_rows<true>(from, pitch, pixels, channels, scale, shift, to, to_pitch);                                  \
+                                            const A* scale, const A* shift, U* to, int64_t to_pitch, const T* ahead) { \
+        affine_rows<true>(from, pitch, pixels, channels, scale, shift, to, to_pitch, ahead);                           \
     }
 SPOS_STORAGE(float, float)
 SPOS_STORAGE(double, double)
@@ -248,31 +284,40 @@ void settle_deviations(double* deviations, double* totals, int64_t packs) {
     settle_clone(deviations, totals, packs);
 }
 
+void deviation_moments(const float* deviations, const double* totals, int64_t count, int64_t channels, double* mean,
+                       double* m2) {
+    moments_clone(deviations, totals, count, channels, mean, m2);
+}
+void deviation_moments(const double* deviations, const double* totals, int64_t count, int64_t channels, double* mean,
+                       double* m2) {
+    moments_clone(deviations, totals, count, channels, mean, m2);
+}
+
 template <typename T>
 void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
-                        bool stream) {
+                        bool stream, const T* ahead) {
     if constexpr (std::is_same_v<T, float>)
         if (stream && machine_is_wide() && streamable(to, to_pitch, channels))
-            return even_stream(x, pitch, pixels, channels, to, to_pitch);
+            return even_stream(x, pitch, pixels, channels, to, to_pitch, ahead ? ahead : x);
     even_clone(x, pitch, pixels, channels, to, to_pitch);
 }
 
 template <typename T, typename A>
 void copy_channels(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
-                   int64_t to_pitch) {
-    copy_clone(from, pitch, step, pixels, channels, to, to_pitch);
+                   int64_t to_pitch, const T* ahead) {
+    copy_clone(from, pitch, step, pixels, channels, to, to_pitch, ahead ? ahead : from);
 }
 
 template <typename T, typename U, typename A>
 void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
-                     bool relu, U* to, int64_t to_pitch, bool stream) {
+                     bool relu, U* to, int64_t to_pitch, bool stream, const T* ahead) {
     if constexpr (std::is_same_v<T, float> && std::is_same_v<U, float>)
         if (stream && relu && machine_is_wide() && streamable(to, to_pitch, channels))
             return affine_relu_stream(from, pitch, pixels, channels, scale, shift, to, to_pitch);
     if (relu)
-        affine_relu_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch);
+        affine_relu_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch, ahead ? ahead : from);
     else
-        affine_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch);
+        affine_clone(from, pitch, pixels, channels, scale, shift, to, to_pitch, ahead ? ahead : from);
 }
 
 template <typename A>
@@ -284,23 +329,24 @@ void depthwise_row(const A* const* rows, int64_t first, int64_t count, const A* 
     depthwise_narrow(rows, count, weights, kernel, width, out, stride);
 }
 
-#define SPOS_INSTANTIATE(T, A)                                                                \
-    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t);   \
-    template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool); \
-    template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool);
+#define SPOS_INSTANTIATE(T, A)                                                                                      \
+    template void copy_channels(const T*, int64_t, int64_t, int64_t, int64_t, A*, int64_t, const T*);               \
+    template void copy_even_channels(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool, const T*);             \
+    template void scale_and_shift(const T*, int64_t, int64_t, int64_t, const A*, const A*, bool, T*, int64_t, bool, \
+                                  const T*);
 SPOS_INSTANTIATE(float, float)
 SPOS_INSTANTIATE(double, double)
 SPOS_INSTANTIATE(Half, float)
 SPOS_INSTANTIATE(BFloat16, float)
 #undef SPOS_INSTANTIATE
 template void scale_and_shift(const Half*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*, int64_t,
-                              bool);
+                              bool, const Half*);
 template void scale_and_shift(const BFloat16*, int64_t, int64_t, int64_t, const float*, const float*, bool, float*,
-                              int64_t, bool);
+                              int64_t, bool, const BFloat16*);
 template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, Half*, int64_t,
-                              bool);
+                              bool, const float*);
 template void scale_and_shift(const float*, int64_t, int64_t, int64_t, const float*, const float*, bool, BFloat16*,
-                              int64_t, bool);
+                              int64_t, bool, const float*);
 template void depthwise_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t,
                             const PixelPacks<float>&, int64_t);
 template void depthwise_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t,

@@ -18,21 +18,23 @@ struct Compute<double> {
     using type = double;
 };
 
-// to[p][c] = x[p][2 c]: the channels that pass. With `stream`, here and below, the output goes past the caches.
+// to[p][c] = x[p][2 c]: the channels that pass. With `stream`, here and below, the output goes past the caches. Memory
+// from `ahead` on, as it lies from `x` (`from`) on, is asked for line by line meanwhile: for what is copied soon. Asked
+// for in one go it comes too late to be of use.
 template <typename T>
 void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
-                        bool stream);
+                        bool stream, const T* ahead = nullptr);
 
 // to[p][c] = relu(scale[c] * from[p][c] + shift[c]), ReLU only if `relu`. In place is allowed. What lies between
 // `channels` and the next whole pack of `scale` and `shift` must be readable.
 template <typename T, typename U, typename A>
 void scale_and_shift(const T* from, int64_t pitch, int64_t pixels, int64_t channels, const A* scale, const A* shift,
-                     bool relu, U* to, int64_t to_pitch, bool stream = false);
+                     bool relu, U* to, int64_t to_pitch, bool stream = false, const T* ahead = nullptr);
 
 // to[p][c] = from[p][step * c].
 template <typename T, typename A>
 void copy_channels(const T* from, int64_t pitch, int64_t step, int64_t pixels, int64_t channels, A* to,
-                   int64_t to_pitch);
+                   int64_t to_pitch, const T* ahead = nullptr);
 
 // Where one pack of channels of neighbouring pixels goes, and their moments.
 template <typename A>

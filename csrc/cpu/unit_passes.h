@@ -43,8 +43,9 @@ struct PixelTasks {
 // A sample's rows in bands, channels in chunks: tasks of a depthwise convolution.
 struct BandTasks {
     int64_t samples, height, band, bands, channels;
-    int64_t chunk;  // channels of a task: the fewer pixels a row has, the more of each, or memory is read in crumbs
-    int64_t chunks, count;
+    int64_t chunks;  // of channels: the fewer pixels a row has, the more channels of each, or memory is read in crumbs
+    int64_t chunk;   // channels of a task; as even as whole packs allow
+    int64_t count;
 
     // Bands begin at multiples of `step` rows.
     BandTasks(int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t step = 1)
@@ -53,10 +54,10 @@ struct BandTasks {
           band(std::min(height, divide_up(divide_up(4096, width), step) * step)),
           bands(divide_up(height, band)),
           channels(channels),
-          chunk(kPack * (width > 28   ? 2
-                         : width > 14 ? 4
-                                      : 8)),
-          chunks(divide_up(channels, chunk)),
+          chunks(divide_up(channels, kPack * (width > 28   ? 2
+                                              : width > 14 ? 4
+                                                           : 8))),
+          chunk(divide_up(divide_up(channels, kPack), chunks) * kPack),
           count(samples * bands * chunks) {}
     struct Task {
         int64_t place;             // which of samples * bands

@@ -95,15 +95,16 @@ class DepthwiseGradients {
     }
 
     void band(const Task& task, RowWindow<A>& window, A* y, A* result, Lines<A>& recent) {
-        const int64_t packs = divide_up(task.width, kPack), out_image = task.sample * w_.out_height() * w_.out_width();
+        const int64_t out_height = w_.out_height(), out_width = w_.out_width(), out_rows = w_.samples * out_height;
+        const int64_t packs = divide_up(task.width, kPack), out_image = task.sample * out_height * out_width;
         A* gradients = gradients_.data() + task.place * pitch_ * taps_ + task.channel * taps_;
         window.start();
         for (int64_t row = task.top; row < task.end; ++row) {
             const int64_t phase = row % w_.stride, top = row / w_.stride + phases_[phase].begin;
             window.cover(top, top + phases_[phase].count, packs, [&](int64_t at, int64_t pack, A* to) {
                 const int64_t c = task.channel + pack * kPack;
-                l_.output.load(out_image + at * w_.out_width(), w_.out_width(), c, std::min(kPack, w_.channels - c), to,
-                               kPack);
+                l_.output.load(out_image + at * out_width, out_width, c, std::min(kPack, w_.channels - c), to, kPack,
+                               std::min(kRowsAhead, out_rows - 1 - (task.sample * out_height + at)) * out_width);
             });
             for (int64_t pack = 0; pack < packs; ++pack)
                 for (int64_t column = 0; column < std::min(w_.stride, w_.width); ++column)
@@ -123,7 +124,9 @@ class DepthwiseGradients {
         const int64_t count = divide_up(w_.width - column, w_.stride);
         const Phase& phase = phases_[column];
         const int64_t start = starts_[row_phase * w_.stride + column] * kPack;
-        l_.input.load(pixel, w_.stride, count, c, channels, y, kPack);
+        const int64_t rows_left = (w_.samples - task.sample) * w_.height - 1 - row;
+        const T* ahead = l_.input.start + (pixel + std::min(kRowsAhead, rows_left) * w_.width) * l_.input.pitch;
+        l_.input.load(pixel, w_.stride, count, c, channels, y, kPack, ahead + c * l_.input.step);
         std::fill_n(y + count * kPack, kPack, A(0));  // another phase may have one more pixel
         depthwise_gradient_row(window.rows(pack, w_.kernel / 2 + phase.begin), window.first(), window.count(),
                                weights_.data() + c * taps_ + start, phase.count, count, y, result, taps + start);

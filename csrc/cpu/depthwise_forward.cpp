@@ -8,8 +8,6 @@
 namespace spos::cpu {
 namespace {
 
-constexpr int64_t kRowsAhead = 2;  // how early the input is asked for
-
 template <typename T>
 class DepthwiseForward {
     using A = typename Compute<T>::type;

@@ -11,6 +11,8 @@
 
 namespace spos::cpu {
 
+constexpr int64_t kRowsAhead = 2;  // how early rows are asked for; up to 16 makes no difference
+
 template <typename A>
 class RowWindow {
   public:

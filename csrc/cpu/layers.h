@@ -109,14 +109,15 @@ struct OutputGradient {
     NormGradient<A> norm;
 
     // Whole packs a pixel.
-    void load(int64_t pixel, int64_t pixels, int64_t channel, int64_t channels, A* to, int64_t to_pitch) const {
+    void load(int64_t pixel, int64_t pixels, int64_t channel, int64_t channels, A* to, int64_t to_pitch,
+              int64_t ahead = 0) const {
         const NormGradient<A> from = norm.from(channel);
         const int64_t at = pixel * pitch + channel;
         const T* values = z + pixel * z_pitch + channel;
         if (inner)
-            norm_gradient(inner + at, pitch, values, z_pitch, pixels, channels, from, to, to_pitch);
+            norm_gradient(inner + at, pitch, values, z_pitch, pixels, channels, from, to, to_pitch, ahead);
         else
-            norm_gradient(outer + at, pitch, values, z_pitch, pixels, channels, from, to, to_pitch);
+            norm_gradient(outer + at, pitch, values, z_pitch, pixels, channels, from, to, to_pitch, ahead);
     }
 };
 

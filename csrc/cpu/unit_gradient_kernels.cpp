@@ -48,20 +48,20 @@ SPOS_SIMD_INLINE void sums_rows(const T* grad, int64_t grad_pitch, const T* z, i
 
 template <bool kRelu, typename G, typename T, typename A>
 SPOS_SIMD_INLINE void norm_rows(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels,
-                                int64_t channels, const NormGradient<A>& norm, A* to, int64_t to_pitch) {
+                                int64_t channels, const NormGradient<A>& norm, A* to, int64_t to_pitch, int64_t ahead) {
     using Pack = decltype(load_pack(norm.mean));
     const NormGradient<A> n = norm;  // the compiler must not fear that `to` is part of it
     auto result = [&](const Pack& from, const Pack& value, int64_t c) __attribute__((always_inline)) {
         const Pack g = passed_gradient<kRelu>(from, value, n, c), d = value - load_pack(n.mean + c);
         return Pack(load_pack(n.scale + c) * ((g - load_pack(n.offset + c)) - load_pack(n.slope + c) * d));
     };
-    constexpr int64_t kAhead = 8;
+    constexpr int64_t kSoon = 8;
     for (int64_t p = 0; p < pixels; ++p, grad += grad_pitch, z += z_pitch, to += to_pitch) {
-        const int64_t ahead = std::min(kAhead, pixels - 1 - p);
+        const int64_t soon = ahead ? ahead : std::min(kSoon, pixels - 1 - p);
         int64_t c = 0;
         for (; c + kPack <= channels; c += kPack) {
-            __builtin_prefetch(grad + ahead * grad_pitch + c);
-            __builtin_prefetch(z + ahead * z_pitch + c);
+            __builtin_prefetch(grad + soon * grad_pitch + c);
+            __builtin_prefetch(z + soon * z_pitch + c);
             store_pack(to + c, result(load_pack(grad + c), load_pack(z + c), c));
         }
         if (c < channels)
@@ -279,11 +279,12 @@ SPOS_SIMD_INLINE void added_rows(const A* from, int64_t pitch, int64_t pixels, i
     }
 #define SPOS_GRADIENT(G, T, A)                                                                                       \
     SPOS_SIMD_CLONES void norm_clone(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, \
-                                     int64_t channels, const NormGradient<A>& norm, A* to, int64_t to_pitch) {       \
+                                     int64_t channels, const NormGradient<A>& norm, A* to, int64_t to_pitch,         \
+                                     int64_t ahead) {                                                                \
         if (norm.relu)                                                                                               \
-            norm_rows<true>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, to, to_pitch);                     \
+            norm_rows<true>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, to, to_pitch, ahead);              \
         else                                                                                                         \
-            norm_rows<false>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, to, to_pitch);                    \
+            norm_rows<false>(grad, grad_pitch, z, z_pitch, pixels, channels, norm, to, to_pitch, ahead);             \
     }
 SPOS_STORAGE(float, float)
 SPOS_STORAGE(double, double)
@@ -316,8 +317,8 @@ void gradient_sums(const T* grad, int64_t grad_pitch, const T* z, int64_t z_pitc
 
 template <typename G, typename T, typename A>
 void norm_gradient(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
-                   const NormGradient<A>& norm, A* to, int64_t to_pitch) {
-    norm_clone(grad, grad_pitch, z, z_pitch, pixels, channels, norm, to, to_pitch);
+                   const NormGradient<A>& norm, A* to, int64_t to_pitch, int64_t ahead) {
+    norm_clone(grad, grad_pitch, z, z_pitch, pixels, channels, norm, to, to_pitch, ahead);
 }
 
 template <typename T, typename A>
@@ -363,7 +364,7 @@ void add_rows(const A* from, int64_t pitch, int64_t pixels, int64_t channels, A*
     template void gradient_sums(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&,        \
                                 double*, double*);                                                                     \
     template void norm_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const NormGradient<A>&, A*,    \
-                                int64_t);                                                                              \
+                                int64_t, int64_t);                                                                     \
     template void masked_gradient(const A*, int64_t, const A*, int64_t, const T*, int64_t, int64_t, int64_t, const A*, \
                                   A*, int64_t, double*, double*);                                                      \
     template void interleave(const T*, int64_t, const A*, int64_t, int64_t, int64_t, T*, int64_t, bool);               \
@@ -376,9 +377,9 @@ SPOS_INSTANTIATE(BFloat16, float)
 template void add_rows(const float*, int64_t, int64_t, int64_t, float*, int64_t);
 template void add_rows(const double*, int64_t, int64_t, int64_t, double*, int64_t);
 template void norm_gradient(const float*, int64_t, const Half*, int64_t, int64_t, int64_t, const NormGradient<float>&,
-                            float*, int64_t);
+                            float*, int64_t, int64_t);
 template void norm_gradient(const float*, int64_t, const BFloat16*, int64_t, int64_t, int64_t,
-                            const NormGradient<float>&, float*, int64_t);
+                            const NormGradient<float>&, float*, int64_t, int64_t);
 template void depthwise_gradient_row(const float* const*, int64_t, int64_t, const float*, int64_t, int64_t,
                                      const float*, float*, float*);
 template void depthwise_gradient_row(const double* const*, int64_t, int64_t, const double*, int64_t, int64_t,

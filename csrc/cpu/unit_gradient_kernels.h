@@ -26,10 +26,11 @@ template <typename T, typename A>
 void gradient_sums(const T* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
                    const NormGradient<A>& norm, double* sum, double* product);
 
-// dz, whole packs a pixel.
+// dz, whole packs a pixel. What lies `ahead` pixels further is asked for meanwhile; 0: what lies 8 further, as far as
+// these pixels go.
 template <typename G, typename T, typename A>
 void norm_gradient(const G* grad, int64_t grad_pitch, const T* z, int64_t z_pitch, int64_t pixels, int64_t channels,
-                   const NormGradient<A>& norm, A* to, int64_t to_pitch);
+                   const NormGradient<A>& norm, A* to, int64_t to_pitch, int64_t ahead = 0);
 
 // to[p] = grad[p] where y[p] is positive, else 0; sums as in gradient_sums, with z's distance from `centre`. One pack
 // of channels, of which `channels` count; all are written. y: null for no mask; centre: null for no sums. In place is

@@ -124,6 +124,7 @@ class DepthwiseGradients {
         const int64_t count = divide_up(w_.width - column, w_.stride);
         const Phase& phase = phases_[column];
         const int64_t start = starts_[row_phase * w_.stride + column] * kPack;
+        // Tasks go forwards here, so the rows behind an image's last one are soon wanted too.
         const int64_t rows_left = (w_.samples - task.sample) * w_.height - 1 - row;
         const T* ahead = l_.input.start + (pixel + std::min(kRowsAhead, rows_left) * w_.width) * l_.input.pitch;
         l_.input.load(pixel, w_.stride, count, c, channels, y, kPack, ahead + c * l_.input.step);

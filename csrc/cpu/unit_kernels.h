@@ -18,9 +18,11 @@ struct Compute<double> {
     using type = double;
 };
 
-// to[p][c] = x[p][2 c]: the channels that pass. With `stream`, here and below, the output goes past the caches. Memory
-// from `ahead` on, as it lies from `x` (`from`) on, is asked for line by line meanwhile: for what is copied soon. Asked
-// for in one go it comes too late to be of use.
+// `ahead`, here and below: memory that will be copied soon, laid out as what is copied now. Each line of it is asked
+// for together with the line in the same place; asking for them in one go gained nothing (docs/performance.md). Taken
+// into account by streams of even channels, and for one whole pack of neighbouring channels; null: none.
+
+// to[p][c] = x[p][2 c]: the channels that pass. With `stream`, here and below, the output goes past the caches.
 template <typename T>
 void copy_even_channels(const T* x, int64_t pitch, int64_t pixels, int64_t channels, T* to, int64_t to_pitch,
                         bool stream, const T* ahead = nullptr);
